@@ -1,0 +1,30 @@
+"""Inference methods: one guide a file, each usable with stock `pyro.infer.SVI`."""
+
+import sys
+
+if __name__ == "guides":  # imported from the repository root: be the same package, not a second copy
+    import pyrovae.guides
+
+    for _name, _module in list(sys.modules.items()):
+        if _name == "pyrovae.guides" or _name.startswith("pyrovae.guides."):
+            sys.modules[_name.removeprefix("pyrovae.")] = _module
+else:
+    from pyrovae.guides.amortized import Amortized
+    from pyrovae.guides.base import DensityGuide, FamilyGuide, Guide
+    from pyrovae.guides.laplace import Laplace
+    from pyrovae.guides.mixture import Mixture
+    from pyrovae.guides.semi_amortized import SemiAmortized
+    from pyrovae.guides.short_run import ShortRun
+
+    REGISTRY = {
+        "amortized": Amortized,
+        "semi-amortized": SemiAmortized,
+        "laplace": Laplace,
+        "mixture": Mixture,
+        "short-run": ShortRun,
+    }
+
+    __all__ = [
+        "REGISTRY", "Amortized", "DensityGuide", "FamilyGuide", "Guide", "Laplace", "Mixture", "SemiAmortized",
+        "ShortRun",
+    ]  # fmt: skip

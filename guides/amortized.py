@@ -1,0 +1,128 @@
+"""Amortized variational inference (Kingma & Welling 2014; Rezende, Mohamed & Wierstra 2014).
+
+    q(u | x) = family(lam),   lam = encoder(x):  one network for all data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrovae.batching import Batched
+from pyrovae.compat import GuideTraits
+from pyrovae.families import Family, get_family
+from pyrovae.guides.base import FamilyGuide
+from pyrovae.latents import LatentSpace
+
+__all__ = ["Amortized"]
+
+
+def first_argument(*args: Any, **kwargs: Any) -> Any:
+    """The data: what an encoder is called with unless told otherwise."""
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise TypeError("the guide was called without arguments, so its encoder has no input: pass the data")
+
+
+class Amortized(FamilyGuide):
+    """An encoder gives every datum's variational parameters.
+
+    Args:
+        model: the Pyro program.
+        encoder: module from the data to `lam: [B, P]`, P = `family.num_params`; None (joint mode only) learns one
+            constant `lam: [1, P]`.
+        family: "diagonal", "full-rank", "low-rank", "mixture", a `Family` class, or a callable of D.
+        encoder_input: picks the encoder's input from the guide's arguments; by default the first one.
+        plate, batched: as in `LatentSpace`.
+        example: with `encoder=None`, arguments on which the model can be run once (parameters are made here).
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x.squeeze(-1))
+        >>> guide = Amortized(model, torch.nn.Linear(1, 2))
+        >>> guide.sample(7, torch.zeros(3, 1))["z"].shape
+        torch.Size([7, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | None,
+        family: str | type[Family] | Callable[[int], Family] = "diagonal",
+        *,
+        encoder_input: Callable[..., Any] = first_argument,
+        plate: str | None = "data",
+        batched: Batched = "auto",
+        example: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(model, plate=plate, batched=batched)
+        self.family_spec, self.encoder_input = family, encoder_input
+        self.__dict__["_family"] = None
+        mixture = family == "mixture" or getattr(family, "symmetric", True) is False
+        self.traits = GuideTraits(
+            name=f"Amortized({family})" if isinstance(family, str) else "Amortized",
+            reparameterised=not mixture,
+            gaussian_sites=not mixture,
+            stratified=True,
+        )
+        if encoder is not None:
+            self.encoder = encoder
+            return
+        if plate is not None:
+            raise ValueError(
+                "encoder=None learns one constant posterior, which only joint mode has: pass plate=None, or an encoder"
+            )
+        self.encoder = None
+        self.constant = nn.Parameter(constant_start(self, example))
+
+    traits = GuideTraits(name="Amortized", gaussian_sites=True, stratified=True)
+
+    def _describe(self) -> str:
+        family = self.family_spec if isinstance(self.family_spec, str) else getattr(self.family_spec, "__name__", "?")
+        return f"family={family!r}, "
+
+    def family(self, *args: Any, **kwargs: Any) -> Family:
+        if self._family is None:
+            self.__dict__["_family"] = get_family(self.family_spec, self.space(*args, **kwargs).dim)
+        return self._family
+
+    def lam(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.encoder is None:
+            return self.constant
+        return encode(self.encoder, self.encoder_input(*args, **kwargs), self.family(*args, **kwargs))
+
+
+def encode(encoder: nn.Module, x: Any, family: Family) -> Tensor:
+    """The encoder's output, checked against the family's width."""
+    lam = encoder(x)
+    if not isinstance(lam, Tensor) or lam.dim() != 2:
+        shape = tuple(lam.shape) if isinstance(lam, Tensor) else type(lam).__name__
+        raise ValueError(f"the encoder must return one row of parameters per datum, [B, P], but returned {shape}")
+    family._check(lam)
+    return lam
+
+
+def constant_start(guide: FamilyGuide, example: tuple[Any, ...]) -> Tensor:
+    """The family's start for a guide without encoder."""
+    space = joint_space(guide, example)
+    return guide.family(*example).init(1, dtype=space.dtype, device=space.device)
+
+
+def joint_space(guide: Any, example: tuple[Any, ...]) -> LatentSpace:
+    """The latent space of a joint-mode model, from a first run on `example`."""
+    try:
+        with torch.no_grad():
+            return guide.space(*example)
+    except TypeError as error:
+        raise TypeError(
+            f"encoder=None sizes its parameters from a first run of the model, which failed ({error}): pass "
+            "example=(...), arguments on which the model can be run"
+        ) from error

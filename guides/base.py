@@ -1,0 +1,210 @@
+"""The contract every guide keeps.
+
+A guide is a `PyroModule` whose root name is "guide", so its parameters are `guide.*` and never collide with the
+model's. It opens the model's own data plate, never stores a batch size and never owns the model's parameters.
+
+    guide(*args)                          the Pyro program, for stock SVI
+    guide.posterior(*args)                Distribution over u, batch [B], event [D]
+    guide.draws(num_samples, *args)       u: [S, B, D], unconstrained
+    guide.sample(num_samples, *args)      site -> [S, B, ...] in the model's own space
+    guide.log_weights(num_samples, *args) log p(x, z_s) - log q(z_s | x), [S, B], nats
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyrovae import handlers, noise, store
+from pyrovae.batching import Batched
+from pyrovae.compat import GuideTraits
+from pyrovae.emission import emit
+from pyrovae.errors import NoDensityError, ScaleError
+from pyrovae.families import Family
+from pyrovae.latents import LatentSpace
+from pyrovae.runtime import evaluating, preserve_rng
+
+__all__ = ["DensityGuide", "FamilyGuide", "Guide"]
+
+_BLOCK_ROWS = 1 << 16  # rows scored at once: bounds memory, never changes a number
+
+
+class Guide(PyroModule):
+    """What all guides share: the latent space, the collision check, the data plate and draws.
+
+    Args:
+        model: the Pyro program; kept, not owned.
+        plate: name of the data plate, or None for joint mode.
+        batched: which arguments carry rows, as `LatentSpace` takes it.
+    """
+
+    traits: GuideTraits
+
+    def __init__(self, model: Callable[..., Any], *, plate: str | None = "data", batched: Batched = "auto") -> None:
+        super().__init__("guide")
+        self.__dict__["model"] = model  # not a submodule: the model's parameters are not the guide's
+        self.plate, self.batched = plate, batched
+        self.__dict__["_space"] = None
+        self.__dict__["_ledger"] = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._describe()}plate={self.plate!r})"
+
+    def _describe(self) -> str:
+        return ""
+
+    def space(self, *args: Any, **kwargs: Any) -> LatentSpace:
+        """The model's latent space, found on the first call."""
+        if self._space is None:
+            self.__dict__["_space"] = LatentSpace(
+                self.model, *args, plate=self.plate, batched=self.batched, **kwargs
+            )
+        return self._space
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """The Pyro program."""
+        self.check_parameters(*args, **kwargs)
+        self._program(self.space(*args, **kwargs), args, kwargs)
+
+    def check_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Raise `ParameterCollision` when Pyro's store holds another model's tensor under one of our names."""
+        if self._ledger is None:
+            space, ledger = self.space(*args, **kwargs), store.Ledger()
+            with preserve_rng(), torch.no_grad(), evaluating(self.model, self):
+                ledger.record(lambda: (self._program(space, args, kwargs), self.model(*args, **kwargs)))
+            self.__dict__["_ledger"] = ledger
+        self._ledger.check(f"{type(self).__name__} or its model")
+
+    def _program(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        write = self._prepare(space, args, kwargs)  # before the plate opens: inner runs of the model open it too
+        plate = space.read_plate(*args, **kwargs)
+        with plate.open() if plate is not None else nullcontext():
+            write()
+
+    @abstractmethod
+    def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        """Everything up to the sample statements; returns what writes them."""
+
+    @abstractmethod
+    def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """`[S, B, D]`."""
+
+    @contextmanager
+    def in_program(self) -> Iterator[None]:
+        """Run hooks as part of a Pyro program, so that SVI sees the guide's parameters."""
+        with self._pyro_context:
+            yield
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """The variational posterior over `u`, batch `[B]`, event `[D]`."""
+        raise NoDensityError(
+            f"{type(self).__name__} has draws but no density: use guide.sample for draws, and another guide (or AIS) "
+            "for evidence and k-hat"
+        )
+
+    def log_weights(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """log p(x, z_s) - log q(z_s | x), `[S, B]`, nats."""
+        return self.posterior(*args, **kwargs)  # raises NoDensityError with its advice
+
+    def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws in unconstrained coordinates, `[S, B, D]`."""
+        _at_least_one(num_samples)
+        with store.isolated(), poutine.block():
+            return self._draws(num_samples, *args, **kwargs)
+
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws in the model's own space: site -> `[S, B, *event]` (joint mode: `[S, *batch, *event]`)."""
+        return self.space(*args, **kwargs).constrain(self.draws(num_samples, *args, **kwargs))
+
+
+class DensityGuide(Guide):
+    """A guide with a density: subclasses give `_posterior` and, where draws need care, `_draws`."""
+
+    @abstractmethod
+    def _posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """Distribution over `u`, batch `[B]`, event `[D]`."""
+
+    def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        q = self._posterior(*args, **kwargs)
+        return lambda: emit(space, q)
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Any:
+        with store.isolated(), poutine.block():
+            return self._posterior(*args, **kwargs)
+
+    def _weighted(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """`log_weights` as part of a program (losses call it)."""
+        q, sample = self._sampler(*args, **kwargs)
+        log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
+        size = log_joint.rows.size
+        block = max(1, _BLOCK_ROWS // size)
+        parts = []
+        for start in range(0, num_samples, block):
+            u = sample(min(block, num_samples - start))
+            parts.append(log_joint(u) - q.log_prob(u))
+        return torch.cat(parts)
+
+    @abstractmethod
+    def _sampler(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], Tensor]]:
+        """The posterior (refined once) and a function `S -> u [S, B, D]` that draws from it."""
+
+    def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        return self._sampler(*args, **kwargs)[1](num_samples)
+
+    def log_weights(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """log p(x, z_s) - log q(z_s | x), `[S, B]`, nats; the posterior is found once, then drawn from S times.
+
+        Raises:
+            ScaleError: a KL weight or a user's scale is in force.
+        """
+        _at_least_one(num_samples)
+        if handlers.kl_weight() != 1.0:
+            raise ScaleError(f"importance weights under a KL weight of {handlers.kl_weight():g}: evaluate with 1")
+        with store.isolated(), poutine.block():
+            self.space(*args, **kwargs).require_unit_scale(*args, **kwargs)
+            return self._weighted(num_samples, *args, **kwargs)
+
+
+class FamilyGuide(DensityGuide):
+    """A density guide whose posterior is a `Family` at `lam(*args): [B, P]`."""
+
+    @abstractmethod
+    def lam(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The variational parameters, `[B, P]`."""
+
+    @abstractmethod
+    def family(self, *args: Any, **kwargs: Any) -> Family:
+        """The family over the model's D latents."""
+
+    def _posterior(self, *args: Any, **kwargs: Any) -> Any:
+        return self.family(*args, **kwargs)(self.lam(*args, **kwargs))
+
+    def _sampler(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], Tensor]]:
+        family, lam = self.family(*args, **kwargs), self.lam(*args, **kwargs)
+
+        def sample(number: int) -> Tensor:
+            return family.sample(lam, noise.normal(number, len(lam), family.noise_dim, like=lam))
+
+        return family(lam), sample
+
+    def stratified(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted draws, one per component: log-weights `[R, B]`, draws `[R, B, D]`, log q at them `[R, B]`."""
+        family, lam = self.family(*args, **kwargs), self.lam(*args, **kwargs)
+        log_weights, u = family.stratified(
+            lam, noise.normal(num_samples, len(lam), family.strata_noise_dim, like=lam)
+        )
+        return log_weights, u, family(lam).log_prob(u)
+
+
+def _at_least_one(num_samples: int) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+

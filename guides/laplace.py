@@ -1,0 +1,171 @@
+"""Laplace's approximation per datum, amortized by an encoder's start (Park, Kim & Kim 2019, "VLAE").
+
+From the encoder's mean, T Newton updates climb log p(x, z); the posterior is the Gaussian at the end point with the
+log-joint's curvature there:
+
+    mu_{t+1} = mu_t + a_t Lambda_t^{-1} grad log p(x, mu_t),      q(u | x) = N(mu_T, Lambda(mu_T)^{-1})
+
+Lambda as in `pyrovae.curvature`, full covariance. Gradients flow through every update and through the covariance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae import handlers, noise
+from pyrovae.batching import Batched
+from pyrovae.compat import GuideTraits
+from pyrovae.curvature import Curvature, Expansion
+from pyrovae.guides.amortized import first_argument, joint_space
+from pyrovae.guides.base import DensityGuide
+from pyrovae.latents import LogJoint
+
+__all__ = ["Laplace", "Mode"]
+
+_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)  # candidate step lengths of the line search
+
+
+class Mode(NamedTuple):
+    """Where the search ended.
+
+    Attributes:
+        loc: `[B, D]`.
+        precision: `[B, D, D]`.
+        converged: `[B]`: the Newton decrement is below the tolerance and no eigenvalue was floored.
+        floored: `[B]`: the curvature was not positive definite and had to be lifted.
+        decrement: `[B]`, 0.5 g' Lambda^{-1} g in nats: what another full step promises to gain.
+    """
+
+    loc: Tensor
+    precision: Tensor
+    converged: Tensor
+    floored: Tensor
+    decrement: Tensor
+
+
+class Laplace(DensityGuide):
+    """Gaussian at the posterior mode with the curvature there.
+
+    Args:
+        model: the Pyro program.
+        encoder: module from the data to the start of the search: `[B, D]`, or `[B, 2 D]` of which the first D columns
+            are taken; None (joint mode only) learns a constant start.
+        num_steps: T >= 0 updates.
+        update: "newton" searches each datum's step length on log p(x, z) (default); "full" takes a = 1; "damped" is
+            the published schedule a_t = step_size / (t + 1), with step_size 0.5.
+        tolerance: Newton decrement in nats below which a datum counts as converged.
+        encoder_input, plate, batched, example: as in `Amortized`.
+
+    Note:
+        The posterior is a proper density whatever the search did, so the ELBO stays a bound; `mode(*args)` says
+        where it did not converge (a model may have no joint mode at all: centred hierarchies).
+    """
+
+    traits = GuideTraits(name="Laplace")
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | None,
+        num_steps: int = 4,
+        *,
+        update: Literal["newton", "full", "damped"] = "newton",
+        step_size: float = 0.5,
+        tolerance: float = 1e-3,
+        encoder_input: Callable[..., Any] = first_argument,
+        plate: str | None = "data",
+        batched: Batched = "auto",
+        example: tuple[Any, ...] = (),
+    ) -> None:
+        if num_steps < 0 or not step_size > 0:
+            raise ValueError("Laplace needs num_steps >= 0 and a positive step_size")
+        if update not in ("newton", "full", "damped"):
+            raise ValueError(f"update must be 'newton', 'full' or 'damped', got {update!r}")
+        super().__init__(model, plate=plate, batched=batched)
+        self.num_steps, self.update, self.step_size, self.tolerance = num_steps, update, step_size, tolerance
+        self.encoder_input = encoder_input
+        self.encoder = encoder
+        if encoder is None:
+            if plate is not None:
+                raise ValueError("encoder=None learns one constant start: pass plate=None, or an encoder")
+            space = joint_space(self, example)
+            self.constant = nn.Parameter(torch.zeros(1, space.dim, dtype=space.dtype, device=space.device))
+
+    def _describe(self) -> str:
+        return f"num_steps={self.num_steps}, update={self.update!r}, "
+
+    def start(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Where the search starts, `[B, D]`."""
+        if self.encoder is None:
+            return self.constant
+        start, dim = self.encoder(self.encoder_input(*args, **kwargs)), self.space(*args, **kwargs).dim
+        if start.dim() != 2 or start.shape[-1] not in (dim, 2 * dim):
+            raise ValueError(
+                f"the encoder of a Laplace guide must return the start of the search, [B, {dim}] (or [B, {2 * dim}], "
+                f"of which the first half is taken), got {tuple(start.shape)}"
+            )
+        return start[:, :dim]
+
+    def mode(self, *args: Any, **kwargs: Any) -> Mode:
+        """Search the modes and report how it went, without gradient."""
+        with torch.no_grad():
+            return self._search(*args, **kwargs)
+
+    def _search(self, *args: Any, **kwargs: Any) -> Mode:
+        train = torch.is_grad_enabled()
+        log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
+        curvature = Curvature(log_joint, beta=handlers.kl_weight())
+        mu = self.start(*args, **kwargs)
+        for t in range(self.num_steps):
+            here = curvature.at(mu, create_graph=train)
+            step = _newton_step(here)
+            mu = mu + self._length(t, mu, step, log_joint).unsqueeze(-1) * step
+        here = curvature.at(mu, create_graph=train)
+        with torch.no_grad():
+            decrement = 0.5 * (here.gradient * _newton_step(here)).sum(-1)
+            converged = (decrement < self.tolerance) & ~here.floored
+        return Mode(mu, here.precision, converged, here.floored, decrement)
+
+    def _length(self, t: int, mu: Tensor, step: Tensor, log_joint: LogJoint) -> Tensor:
+        """Step lengths, `[B]`, without gradient."""
+        if self.update != "newton":
+            length = 1.0 if self.update == "full" else self.step_size / (t + 1)
+            return mu.new_full((len(mu),), length)
+        with torch.no_grad():
+            lengths = mu.new_tensor(_LENGTHS)
+            values = log_joint(mu + lengths[:, None, None] * step, handlers.kl_weight())
+            return lengths[values.nan_to_num(nan=-torch.inf).argmax(0)]
+
+    def _posterior(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self._search(*args, **kwargs)
+        return dist.MultivariateNormal(mode.loc, scale_tril=_scale_tril(mode.precision))
+
+    def _sampler(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], Tensor]]:
+        q = self._posterior(*args, **kwargs)
+
+        def sample(number: int) -> Tensor:
+            eps = noise.normal(number, *q.loc.shape, like=q.loc)
+            return q.loc + (q.scale_tril @ eps.unsqueeze(-1)).squeeze(-1)
+
+        return q, sample
+
+
+def _newton_step(here: Expansion) -> Tensor:
+    factor = torch.linalg.cholesky(here.precision)
+    return torch.cholesky_solve(here.gradient.unsqueeze(-1), factor).squeeze(-1)
+
+
+def _scale_tril(precision: Tensor) -> Tensor:
+    """Cholesky factor of the covariance from the precision, without forming an inverse.
+
+    With J the exchange matrix, J P J = L L' gives P^{-1} = A A' for the lower-triangular A = (J L' J)^{-1}... solved
+    against the identity.
+    """
+    flipped = torch.linalg.cholesky(precision.flip(-2, -1))
+    lower = flipped.flip(-2, -1).mT
+    return torch.linalg.solve_triangular(lower, torch.eye(lower.shape[-1]).to(lower).expand_as(lower), upper=False)

@@ -1,0 +1,108 @@
+"""Short-run inference (Nijkamp et al. 2020; Pang et al. 2021): K steps of a sampler, always from the same start.
+
+    u_0 ~ prior (or another guide),   u_{k+1} = Langevin or HMC step on log p(x, u),   q(u | x) = law of u_K
+
+Nothing is amortized and nothing has parameters. The law of u_K has no tractable density, so the training objective
+is E_q[log p(x, z)], which is not a bound and is never called an ELBO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from pyro.poutine.runtime import get_plates
+from torch import Tensor
+
+from pyrovae import handlers, noise
+from pyrovae.batching import Batched
+from pyrovae.compat import GuideTraits
+from pyrovae.emission import emit_draws
+from pyrovae.guides.base import Guide
+from pyrovae.latents import LatentSpace
+from pyrovae.samplers import hmc, init, langevin
+
+__all__ = ["ShortRun"]
+
+
+class ShortRun(Guide):
+    """K sampler steps per datum, from the prior or from another guide.
+
+    Args:
+        model: the Pyro program.
+        num_steps: K >= 1.
+        step_size: the noise scale s of Langevin, or the leapfrog step of HMC; a number, or K of them.
+        kernel: "langevin" (unadjusted) or "hmc" (`num_leapfrog` leapfrog steps with fresh momentum, uncorrected).
+        init: None starts from the prior; a guide starts from its draws.
+        temperature: noise temperature of Langevin.
+        plate, batched: as in `LatentSpace`.
+    """
+
+    traits = GuideTraits(name="ShortRun", has_density=False, reparameterised=False)
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_steps: int = 20,
+        step_size: float | Sequence[float] = 0.1,
+        kernel: Literal["langevin", "hmc"] = "langevin",
+        init: Guide | None = None,
+        *,
+        num_leapfrog: int = 5,
+        temperature: float = 1.0,
+        plate: str | None = "data",
+        batched: Batched = "auto",
+    ) -> None:
+        if num_steps < 1 or num_leapfrog < 1:
+            raise ValueError("ShortRun needs num_steps >= 1 and num_leapfrog >= 1")
+        steps = [float(step_size)] * num_steps if isinstance(step_size, int | float) else [float(s) for s in step_size]
+        if len(steps) != num_steps or min(steps) <= 0:
+            raise ValueError(f"step_size must be positive, one number or one per step ({num_steps})")
+        if kernel not in ("langevin", "hmc"):
+            raise ValueError(f"kernel must be 'langevin' or 'hmc', got {kernel!r}")
+        if init is not None and (init.model is not model or init.plate != plate):
+            raise ValueError("the starting guide must be one of the same model with the same plate")
+        super().__init__(model, plate=plate, batched=batched)
+        self.num_steps, self.steps, self.kernel = num_steps, steps, kernel
+        self.num_leapfrog, self.temperature = num_leapfrog, temperature
+        self.init = init
+
+    def _describe(self) -> str:
+        return f"num_steps={self.num_steps}, kernel={self.kernel!r}, "
+
+    def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        space = self.space(*args, **kwargs)
+        log_joint = space.bind(*args, **kwargs)
+        beta = handlers.kl_weight()
+
+        def target(u: Tensor) -> Tensor:
+            return log_joint(u, beta)
+
+        with torch.no_grad():
+            if self.init is None:
+                u = space.prior(num_samples, *args, **kwargs)
+            else:
+                u = self.init._draws(num_samples, *args, **kwargs)
+            state = init(target, u)
+            for step_size in self.steps:
+                eps = noise.normal(*u.shape, like=u)
+                if self.kernel == "langevin":
+                    state, _ = langevin.step(state, target, step_size, eps, temperature=self.temperature)
+                else:
+                    state, _ = hmc.step(state, target, step_size, self.num_leapfrog, eps)
+        return state.u
+
+    def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        # Plain code in a guide runs once for all vectorised particles: run one chain per particle.
+        particles = [frame for frame in get_plates() if frame.vectorized]
+        if len(particles) > 1:
+            raise NotImplementedError(
+                f"ShortRun inside the plates {[frame.name for frame in particles]}: only Pyro's particle plate is known"
+            )
+        u = self._draws(particles[0].size if particles else 1, *args, **kwargs)
+        if not particles:
+            return lambda: emit_draws(space, u[0])
+        padding = -1 - particles[0].dim - (0 if space.plate is None else 1)
+        u = u.reshape(len(u), *[1] * padding, *u.shape[1:])
+        return lambda: emit_draws(space, u)

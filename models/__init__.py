@@ -1,0 +1,17 @@
+"""Generative models: one PyroModule a file; its `forward` is the Pyro program."""
+
+import sys
+
+if __name__ == "models":  # imported from the repository root: be the same package, not a second copy
+    import pyrovae.models
+
+    for _name, _module in list(sys.modules.items()):
+        if _name == "pyrovae.models" or _name.startswith("pyrovae.models."):
+            sys.modules[_name.removeprefix("pyrovae.")] = _module
+else:
+    from pyrovae.models.ppca import PPCA
+    from pyrovae.models.vae import VAE
+
+    REGISTRY = {"vae": VAE, "ppca": PPCA}
+
+    __all__ = ["PPCA", "REGISTRY", "VAE"]

@@ -1,0 +1,90 @@
+"""What models, guides and losses have and need, and one function that says whether three of them go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["GuideTraits", "LossTraits", "ModelTraits", "compatible", "require_compatible"]
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """latents: what kind of latent variables remain for a guide."""
+
+    latents: Literal["continuous", "discrete", "mixed"] = "continuous"
+
+
+@dataclass(frozen=True)
+class GuideTraits:
+    """What a guide offers.
+
+    Attributes:
+        has_density: log q(z | x) can be evaluated.
+        reparameterised: its whole gradient flows through its draws.
+        gaussian_sites: every site's posterior is a Gaussian in closed form.
+        stratified: offers weighted draws (`Guide.stratified`).
+        latents: the latents it can treat.
+        name: as messages and tables write it.
+    """
+
+    name: str
+    has_density: bool = True
+    reparameterised: bool = True
+    gaussian_sites: bool = False
+    stratified: bool = False
+    latents: tuple[str, ...] = ("continuous",)
+
+
+@dataclass(frozen=True)
+class LossTraits:
+    """What a loss needs of its guide."""
+
+    name: str
+    needs_density: bool = True
+    needs_reparameterised: bool = False
+    needs_stratified: bool = False
+    needs_gaussian_sites: bool = False
+
+
+def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | None:
+    """Why a model, a guide and a loss do not go together, or None when they do.
+
+    Each may be a class, an instance or None (not asked about); what carries no `traits` (a user's own Pyro function,
+    stock `Trace_ELBO`) is taken at its word.
+
+    Example:
+        >>> from pyrovae import guides, losses
+        >>> compatible(guide=guides.ShortRun, loss=losses.IWAE)
+        'ShortRun has draws but no density, which IWAE needs: train it with losses.ExpectedLogJoint()'
+    """
+    m: ModelTraits | None = getattr(model, "traits", None)
+    g: GuideTraits | None = getattr(guide, "traits", None)
+    t: LossTraits | None = getattr(loss, "traits", None)
+    if m and g and m.latents not in g.latents:
+        return f"{g.name} treats {' and '.join(g.latents)} latents, but the model's are {m.latents}"
+    if not (g and t):
+        return None
+    if t.needs_density and not g.has_density:
+        return f"{g.name} has draws but no density, which {t.name} needs: train it with losses.ExpectedLogJoint()"
+    if not t.needs_density and g.has_density:
+        return f"{t.name} ignores the density that {g.name} has: train it with losses.ELBO()"
+    if t.needs_reparameterised and not g.reparameterised:
+        return (
+            f"{g.name} is not fully reparameterised, which {t.name} needs: use losses.ELBO(estimator='stratified'), "
+            "or stock Trace_ELBO"
+        )
+    if t.needs_stratified and not g.stratified:
+        return f"{g.name} offers no stratified draws, which {t.name} needs: use losses.ELBO()"
+    if t.needs_gaussian_sites and not g.gaussian_sites:
+        return f"{g.name} has no Gaussian per site, which {t.name} needs"
+    return None
+
+
+def require_compatible(model: Any = None, guide: Any = None, loss: Any = None) -> None:
+    """Raise `IncompatibleError` with the reason of `compatible`."""
+    from pyrovae.errors import IncompatibleError
+
+    reason = compatible(model, guide, loss)
+    if reason is not None:
+        raise IncompatibleError(reason)

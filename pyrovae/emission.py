@@ -1,0 +1,131 @@
+"""How a guide writes its draws into Pyro's trace.
+
+(a) A posterior that factorises over sites (independent normals), or a single real vector site: every site is
+    emitted with its own distribution, so analytic KLs and losses that need Gaussians see it.
+(b) Otherwise: one auxiliary site `_u` with the joint posterior, one factor `_log_det` with minus the log-Jacobian,
+    and every site as a `Delta` without log-density. (A `Delta` that carries the Jacobian is dropped by
+    `TraceMeanField_ELBO`.)
+(c) Draws without a density (chains): `Delta`s only.
+
+Pyro builds a score-function term from *model* sites only. For a packed mixture, whose weights need a score, the
+missing part -(log q - log|det|) * score is added to the factor as a term that is zero in value.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrovae.families import marginal
+from pyrovae.latents import LatentSpace
+from pyrovae.mixture import MixtureOfNormals
+from pyrovae.sites import LatentSite, bijection, to_constrained
+
+__all__ = ["emit", "emit_draws", "site_posteriors"]
+
+AUXILIARY = "_u"
+
+
+def emit(space: LatentSpace, q: Any) -> None:
+    """Emit sample sites for a posterior `q`, batch `[B]`, event `[D]`; the data plate must be open (local mode)."""
+    normal = _independent_normal(q)
+    if normal is not None:
+        for site in space.sites:
+            _emit_normal(space, site, normal)
+    elif len(space.sites) == 1 and _is_plain_vector(space, space.sites[0]):
+        pyro.sample(space.sites[0].name, q)
+    else:
+        _emit_packed(space, q)
+
+
+def emit_draws(space: LatentSpace, u: Tensor) -> None:
+    """Emit given draws `u: [..., B, D]` as `Delta`s without log-density."""
+    for site in space.sites:
+        _emit_delta(site, to_constrained(site, space._block(site, u)))
+
+
+def site_posteriors(space: LatentSpace, guide_trace: Any) -> dict[str, Any]:
+    """Site -> its variational distribution in unconstrained coordinates (flat event), or None."""
+    found: dict[str, Any] = {}
+    packed = guide_trace.nodes.get(AUXILIARY)
+    for site in space.sites:
+        fn = guide_trace.nodes[site.name]["fn"]
+        if packed is not None:
+            whole = packed["fn"]
+            if isinstance(whole, torch.distributions.Independent):  # joint mode
+                whole = whole.base_dist
+            found[site.name] = marginal(whole, site.slice)
+        elif isinstance(fn, dist.Delta):
+            found[site.name] = None
+        else:
+            base = fn.base_dist if isinstance(fn, torch.distributions.TransformedDistribution) else fn
+            found[site.name] = base
+    return found
+
+
+def _independent_normal(q: Any) -> Any | None:
+    if isinstance(q, torch.distributions.Independent) and isinstance(q.base_dist, torch.distributions.Normal):
+        return q.base_dist
+    return None
+
+
+def _is_plain_vector(space: LatentSpace, site: LatentSite) -> bool:
+    return space.plate is not None and site.is_real and not site.inner and len(site.unconstrained_shape) == 1
+
+
+def _emit_normal(space: LatentSpace, site: LatentSite, normal: Any) -> None:
+    loc, scale = space._block(site, normal.loc), space._block(site, normal.scale)
+    fn: Any = dist.Normal(loc, scale).to_event(len(site.unconstrained_shape))
+    if not site.is_real:
+        fn = dist.TransformedDistribution(fn, [bijection(site)])
+    with _inner_plates(site):
+        pyro.sample(site.name, fn)
+
+
+def _emit_packed(space: LatentSpace, q: Any) -> None:
+    joint = space.plate is None
+    if joint:  # no plate is open: the row of the batch becomes part of the event
+        q = MixtureOfNormals(q.logits[0], q.locs[0], q.scales[0]) if isinstance(q, MixtureOfNormals) else q.to_event(1)
+    value = pyro.sample(AUXILIARY, q, infer={"is_auxiliary": True})
+    u = value.unsqueeze(-2) if joint and isinstance(q, MixtureOfNormals) else value
+    log_det = torch.zeros(value.shape[: value.dim() - len(q.event_shape)], dtype=u.dtype, device=u.device)
+    values = {}
+    for site in space.sites:
+        block = space._block(site, u)
+        values[site.name] = to_constrained(site, block)
+        if not site.is_real:
+            term = bijection(site).log_abs_det_jacobian(block, values[site.name])
+            log_det = log_det + _per_row(space, site, term, log_det.shape)
+    factor = -log_det
+    if isinstance(q, MixtureOfNormals):
+        score = q.score(value)
+        missing = (log_det - q.log_prob(value)).detach() * score
+        factor = factor - (missing - missing.detach())
+    pyro.factor("_log_det", factor, has_rsample=True)
+    for site in space.sites:
+        _emit_delta(site, values[site.name])
+
+
+def _per_row(space: LatentSpace, site: LatentSite, term: Tensor, shape: torch.Size) -> Tensor:
+    """A site's log-Jacobian `[*particles, *inner, B]` summed to the shape of the auxiliary site's batch."""
+    inner = len(site.inner)
+    if space.plate is None:
+        return term.sum(tuple(range(-inner, 0))).reshape(shape) if inner else term.reshape(shape)
+    return term.sum(tuple(range(-1 - inner, -1))).reshape(shape) if inner else term.reshape(shape)
+
+
+def _emit_delta(site: LatentSite, value: Tensor) -> None:
+    with _inner_plates(site):
+        pyro.sample(site.name, dist.Delta(value, event_dim=site.event_dim))
+
+
+def _inner_plates(site: LatentSite) -> ExitStack:
+    stack = ExitStack()
+    for name, size, dim in site.frames:
+        stack.enter_context(pyro.plate(name, size, dim=dim))
+    return stack

@@ -1,0 +1,275 @@
+"""Running a Pyro model at given latents: structure, log-densities per datum, draws from the prior.
+
+One small messenger sets the latents of a run from `u` (with the support that the run itself has) and adds up
+log-densities as the sites go by; no trace is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import config_enumerate
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrovae import noise
+from pyrovae.batching import RowArguments
+from pyrovae.errors import DataError, LatentError, PlateError
+from pyrovae.plates import per_datum
+from pyrovae.runtime import evaluating, preserve_rng
+from pyrovae.sites import LatentSite, pack, simplify
+
+if TYPE_CHECKING:
+    from pyrovae.latents import LatentSpace
+
+__all__ = ["Structure", "evaluate", "hidden_samples", "inspect_model", "prior_draw", "remaining_scales"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one look at a model finds."""
+
+    sites: tuple[LatentSite, ...]
+    enumerated: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _counts(site: dict[str, Any]) -> bool:
+    """Whether a trace node is a random site (not a plate's row draw, a parameter or `pyro.deterministic`)."""
+    return site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+
+
+def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with poutine.block(), pyro.validation_enabled(False):
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def inspect_model(
+    model: Callable[..., Any], plate: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Structure:
+    """Find the latents of a model from two runs (two, to see which supports move)."""
+    trace, twin = _trace(model, args, kwargs), _trace(model, args, kwargs)
+    nodes = {name: site for name, site in trace.nodes.items() if _counts(site)}
+    if plate is not None:
+        _check_plates(nodes, plate)
+    sites: list[LatentSite] = []
+    enumerated: list[str] = []
+    start = 0
+    for name, site in nodes.items():
+        fn, value = site["fn"], site["value"]
+        if site["is_observed"]:
+            _check_support(name, fn, value, site["mask"])
+            continue
+        if fn.support.is_discrete:
+            if not fn.has_enumerate_support:
+                raise LatentError(
+                    f"the discrete latent {name!r} ({type(fn).__name__}) can be neither enumerated nor relaxed: sum it "
+                    "out by hand, or observe it with poutine.condition"
+                )
+            enumerated.append(name)
+            continue
+        other = twin.nodes[name]["fn"]
+        support = simplify(fn.support, other.support, len(fn.event_shape))
+        shape = biject_to(fn.support).inverse_shape(fn.shape())
+        unconstrained = shape[len(fn.batch_shape) :]
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != plate]
+        for frame in frames:
+            if frame.size != frame.full_size:
+                raise PlateError(f"the inner plate {frame.name!r} is subsampled: only the data plate may be")
+        inner = fn.batch_shape[:-1] if plate is not None else fn.batch_shape
+        size = inner.numel() * unconstrained.numel()
+        sites.append(
+            LatentSite(
+                name=name,
+                slice=slice(start, start + size),
+                inner=inner,
+                frames=tuple((frame.name, frame.size, frame.dim) for frame in frames),
+                unconstrained_shape=unconstrained,
+                event_dim=len(fn.event_shape),
+                support=support,
+            )
+        )
+        _check_batch_dims(sites[-1])
+        start += size
+    if not sites:
+        raise LatentError("the model has no continuous latent site: there is nothing to infer")
+    if enumerated and any(frame.name != plate for site in nodes.values() for frame in site["cond_indep_stack"]):
+        raise LatentError(
+            f"the discrete latents {enumerated} share the model with inner plates: sum them out by hand instead"
+        )
+    first = nodes[sites[0].name]["value"]
+    return Structure(tuple(sites), tuple(enumerated), first.dtype, first.device)
+
+
+def _check_plates(nodes: dict[str, Any], plate: str) -> None:
+    outside, found = [], {}
+    for name, site in nodes.items():
+        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+        found.update({frame.name: frame.size for frame in frames.values()})
+        if plate not in frames:
+            outside.append(name)
+        elif frames[plate].dim != -1:
+            raise PlateError(f"plate {plate!r} must be the outermost one, at dim -1, but has dim {frames[plate].dim}")
+    if outside:
+        plates = ", ".join(f"{name!r} (size {size})" for name, size in found.items()) or "none"
+        raise PlateError(
+            f"the sites {outside} lie outside the plate {plate!r} (plates found: {plates}); move them inside, pass "
+            "plate='other' or plate=None for joint inference, or fix global latents with poutine.condition"
+        )
+
+
+def _check_batch_dims(site: LatentSite) -> None:
+    sizes = [size for size in site.inner if size != 1]
+    plates = [size for _, size, _ in site.frames if size != 1]
+    if sorted(sizes) != sorted(plates):
+        raise PlateError(
+            f"site {site.name!r} has batch shape {list(site.inner)} outside any plate: declare those dims with "
+            ".to_event(...) or an inner pyro.plate"
+        )
+
+
+def _check_support(name: str, fn: Any, value: Tensor, mask: Any) -> None:
+    if isinstance(fn, Unit):
+        return
+    inside = fn.support.check(value)
+    for hidden in (mask, getattr(fn, "_mask", None)):
+        if isinstance(hidden, Tensor):
+            inside = inside | ~hidden
+    if not inside.all():
+        hint = ": binarise them, or use a continuous likelihood" if fn.support.is_discrete else ""
+        raise DataError(
+            f"{int((~inside).sum())} of {inside.numel()} data at site {name!r} lie outside the support of "
+            f"{_base_name(fn)}{hint}"
+        )
+
+
+def _base_name(fn: Any) -> str:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+class _AtLatents(poutine.messenger.Messenger):
+    """Set the latents of a run from `u` and add up log-densities per datum."""
+
+    def __init__(self, space: LatentSpace, u: Tensor, check: bool) -> None:
+        super().__init__()
+        self.space, self.u, self.check = space, u, check
+        self.sites = {site.name: site for site in space.sites}
+        self.latent: list[Tensor] = []
+        self.observed: list[Tensor] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        site = self.sites.get(msg["name"])
+        if site is None:
+            return
+        block = self.space._block(site, self.u)
+        if site.is_real:
+            msg["value"] = block
+        else:
+            transform = biject_to(msg["fn"].support)
+            msg["value"] = transform(block)
+            msg["infer"] = {**msg["infer"], "_log_det": transform.log_abs_det_jacobian(block, msg["value"])}
+        msg["is_observed"] = True
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if not _counts(msg):
+            return
+        if self.check and msg["name"] not in self.sites and msg["is_observed"]:
+            _check_support(msg["name"], msg["fn"], msg["value"], msg["mask"])
+        log_prob = msg["fn"].log_prob(msg["value"])
+        log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+        if msg["name"] not in self.sites:
+            self.observed.append(self._reduce(log_prob, msg))
+            return
+        log_det = msg["infer"].get("_log_det")
+        if log_det is not None:
+            log_prob = log_prob + scale_and_mask(log_det, msg["scale"], msg["mask"])
+        enumerated = self.space.enumerated and log_prob.dim() > 1
+        (self.observed if enumerated else self.latent).append(self._reduce(log_prob, msg))
+
+    def _reduce(self, log_prob: Tensor, msg: dict[str, Any]) -> Tensor:
+        if not self.space.enumerated:
+            return per_datum(log_prob, msg["cond_indep_stack"], self.space.plate)
+        if self.space.plate is None:
+            return log_prob.unsqueeze(-1)
+        frame = next(frame for frame in msg["cond_indep_stack"] if frame.name == self.space.plate)
+        return log_prob * (frame.size / frame.full_size)
+
+
+def hidden_samples() -> Any:
+    """A handler that keeps an inner run of the model out of outer traces while SVI still sees its parameters."""
+    return poutine.block(hide_fn=lambda msg: msg["type"] == "sample")
+
+
+def evaluate(
+    space: LatentSpace, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, check: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(latent part, everything else) of the log-joint at `u: [R, D]`, each `[R]` (`[1]` in joint mode).
+
+    With `check`, observations outside their support raise `DataError`.
+    """
+    at = _AtLatents(space, u, check)
+    model = space.model
+    if space.enumerated:
+        depth = 1 if space.plate is not None else 0
+        model = poutine.enum(config_enumerate(model), first_available_dim=-1 - depth)
+    with hidden_samples(), at:
+        model(*args, **kwargs)
+    zero = u.new_zeros(u.shape[:-1] if space.plate is not None else (1,))
+    latent = sum(at.latent, zero)
+    if not space.enumerated:
+        return latent, sum(at.observed, zero)
+    total = torch.stack(torch.broadcast_tensors(*at.observed)).sum(0)
+    return latent, torch.logsumexp(total.reshape(-1, total.shape[-1]), 0) + zero
+
+
+def remaining_scales(
+    model: Callable[..., Any], plate: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, float]:
+    """Each site's scale once the data plate's N/B is taken out (the extreme one, where a scale is a tensor)."""
+    scales = {}
+    for name, site in _trace(model, args, kwargs).nodes.items():
+        if _counts(site):
+            scale = torch.as_tensor(site["scale"], dtype=torch.double)
+            for frame in site["cond_indep_stack"]:
+                if frame.name == plate:
+                    scale = scale * (frame.size / frame.full_size)
+            scales[name] = float(scale.flatten()[(scale - 1).abs().argmax()])
+    return scales
+
+
+def prior_draw(space: LatentSpace, rows: RowArguments, num_samples: int) -> Tensor:
+    """Draws of the latents from the prior, `[S, B, D]`, without gradient."""
+
+    def draw(source: RowArguments, times: int) -> Tensor:
+        joint = space.plate is None
+        folded = not joint and space._foldable
+        runs = [source.repeat(times)] if folded else [(source.args, source.kwargs)] * times
+        packed = []
+        for args, kwargs in runs:
+            nodes = _trace(space.model, args, kwargs).nodes
+            packed.append(pack(space.sites, {site.name: nodes[site.name]["value"] for site in space.sites}, joint=joint))
+        return packed[0].view(times, source.size, -1) if folded else torch.stack(packed)
+
+    with torch.no_grad(), evaluating(space.model):
+        if not noise.active():
+            return draw(rows, num_samples)
+        parts = []
+        for row, seed in enumerate(noise.row_seeds()):
+            with preserve_rng():
+                torch.manual_seed(seed)
+                if space.plate is None or not space._foldable:
+                    return draw(rows, num_samples)
+                args, kwargs = rows.rows(slice(row, row + 1))
+                parts.append(draw(RowArguments(args, kwargs, 1, rows._batched), num_samples))
+        return torch.cat(parts, dim=1)

@@ -1,0 +1,78 @@
+"""What our losses share: one value per datum first, the plate's scale N/B afterwards.
+
+    loss = -(N / B) * sum_b per_datum_b
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO as PyroELBO
+from torch import Tensor
+
+from pyrovae.compat import LossTraits, require_compatible
+from pyrovae.errors import IncompatibleError
+
+__all__ = ["PerDatumLoss", "require_pair"]
+
+
+def require_pair(model: Any, guide: Any, loss: Any) -> None:
+    """Raise when model, guide and loss do not go together, or the guide was built for another model."""
+    require_compatible(model, guide, loss)
+    built_for = getattr(guide, "model", None)
+    if built_for is not None and built_for is not model:
+        raise IncompatibleError(
+            f"this {type(guide).__name__} was built for another model: build a guide for the model it is used with"
+        )
+
+
+class PerDatumLoss(PyroELBO):
+    """A loss computed from a guide's own hooks; subclasses give `_per_datum`."""
+
+    traits: ClassVar[LossTraits]
+
+    def __init__(self, num_particles: int = 1) -> None:
+        if num_particles < 1:
+            raise ValueError(f"a loss needs at least one sample, got {num_particles}")
+        super().__init__(num_particles=num_particles)
+
+    @property
+    def name(self) -> str:
+        """What the number is, as progress bars and tables write it."""
+        return self.traits.name
+
+    @abstractmethod
+    def _per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """`[B]`, differentiable, without N/B; may carry a gradient-only surrogate."""
+
+    def per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The objective per datum, `[B]`, nats, larger is better."""
+        require_pair(model, guide, self)
+        with poutine.block(), guide.in_program():
+            return self._per_datum(model, guide, *args, **kwargs)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """-(N / B) * sum of the per-datum objective."""
+        require_pair(model, guide, self)
+        with guide.in_program():
+            guide.check_parameters(*args, **kwargs)
+            value = self._per_datum(model, guide, *args, **kwargs)
+            plate = guide.space(*args, **kwargs).read_plate(*args, **kwargs)
+        scale = 1.0 if plate is None else plate.full_size / plate.size
+        return -scale * value.sum()
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} works per datum and stores no traces: call per_datum")

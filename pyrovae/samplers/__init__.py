@@ -1,0 +1,10 @@
+"""Markov chain steps: pure functions on named tuples, batched over leading dims, no processes.
+
+Each sampler is a module with `init(log_density, u) -> State` and `step(state, log_density, ...) -> (State, Info)`;
+`log_density` maps `[..., B, D]` to `[..., B]`, and the step's noise is an argument.
+"""
+
+from pyrovae.samplers import hmc, langevin
+from pyrovae.samplers.state import Info, State, init
+
+__all__ = ["Info", "State", "hmc", "init", "langevin"]
