@@ -33,7 +33,8 @@ from pyrovae.runtime import evaluating, preserve_rng
 
 __all__ = ["DensityGuide", "FamilyGuide", "Guide"]
 
-_BLOCK_ROWS = 1 << 16  # rows scored at once: bounds memory, never changes a number
+_BLOCK_ROWS = 1 << 16  # rows scored at once
+_BLOCK_SAMPLES = 1000  # draws at once under per-datum noise: fixed, so that chunks of data change no number
 
 
 class Guide(PyroModule):
@@ -144,7 +145,7 @@ class DensityGuide(Guide):
         q, sample = self._sampler(*args, **kwargs)
         log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
         size = log_joint.rows.size
-        block = max(1, _BLOCK_ROWS // size)
+        block = _BLOCK_SAMPLES if noise.active() else max(1, _BLOCK_ROWS // size)
         parts = []
         for start in range(0, num_samples, block):
             u = sample(min(block, num_samples - start))

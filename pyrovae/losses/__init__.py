@@ -1,9 +1,16 @@
 """Training objectives: Pyro ELBO objects for stock `SVI`, each with `per_datum`, in nats."""
 
+from functools import partial
+
 from pyrovae.losses.elbo import ELBO
 from pyrovae.losses.iwae import IWAE
 from pyrovae.losses.joint import ExpectedLogJoint
 
-REGISTRY = {"elbo": ELBO, "iwae": IWAE, "expected-log-joint": ExpectedLogJoint}
+REGISTRY = {
+    "ELBO": ELBO,
+    "ELBO(stratified)": partial(ELBO, "stratified"),
+    "IWAE-5": partial(IWAE, 5),
+    "E_q log p(x,z)": ExpectedLogJoint,
+}
 
 __all__ = ["ELBO", "IWAE", "REGISTRY", "ExpectedLogJoint"]

@@ -51,7 +51,8 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
 
     Returns:
         ``[*batch]``, float64. ``-inf`` where the log weights are constant to 1e-9 nats (q is the exact posterior);
-        ``nan`` where fewer than 5 draws lie above the threshold (too few draws: most weights are zero or tied).
+        ``inf`` where fewer than 5 draws lie above the threshold (a few draws hold all the weight: nothing can be said
+        for the estimate, so it counts as the worst).
 
     Raises:
         ValueError: For fewer than 25 draws, for NaN or ``+inf``, and where all weights of a datum are zero.
@@ -127,7 +128,7 @@ def _fit(x: Tensor) -> _Tail:
     length = above.sum(1)  # below `size` where weights are tied or vanish
     excess = values[:, 1:].exp() - threshold.exp()[:, None]
 
-    khat = torch.full_like(threshold, math.nan)
+    khat = torch.full_like(threshold, math.inf)
     sigma = torch.full_like(threshold, math.nan)
     for n in length[length >= _MIN_TAIL].unique().tolist():
         for rows in torch.where(length == n)[0].split(max(1, _CHUNK // (n * _grid_size(n)))):

@@ -1,0 +1,169 @@
+"""Bounds of log p(x), one value per datum with its standard error.
+
+From S importance weights w_s = p(x, z_s) / q(z_s | x):
+
+    ELBO   = mean_s log w_s               (lower bound in expectation)
+    IWAE_S = log (1/S) sum_s w_s          (tighter lower bound; bias about -Var(w) / (2 S p(x)^2))
+
+Noise is seeded per datum from (seed, datum index): the order and size of chunks change nothing beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae import noise, store
+from pyrovae.batching import Batched, RowArguments
+from pyrovae.losses.base import require_pair
+from pyrovae.plates import read_plate
+from pyrovae.runtime import evaluating, preserve_rng
+
+__all__ = ["Estimate", "elbo", "iwae", "log_weights", "per_chunk", "summarize"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate per datum.
+
+    Attributes:
+        name: "ELBO", "IWAE-1000", ...
+        kind: "lower bound", "upper bound" or "exact".
+        values: `[B]`, nats.
+        se: `[B]`, Monte Carlo standard error of each value.
+        num_samples: draws per datum.
+    """
+
+    name: str
+    kind: str
+    values: Tensor
+    se: Tensor
+    num_samples: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over data, nats per datum."""
+        return float(self.values.mean())
+
+    @property
+    def mean_se(self) -> float:
+        """Standard error of the mean, for data drawn from a population (sampling noise included)."""
+        if len(self.values) == 1:
+            return float(self.se[0])
+        return float(self.values.std() / math.sqrt(len(self.values)))
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.kind}): {self.mean:.3f} +- {self.mean_se:.3f} nats per datum over {len(self.values)}"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self.name}</b> ({self.kind}): {self.mean:.3f} &plusmn; {self.mean_se:.3f} nats per datum"
+
+
+def per_chunk(
+    function: Callable[..., Tensor],
+    programs: tuple[Callable[..., Any], ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    plate: str | None,
+    batched: Batched = "auto",
+    seed: int = 0,
+    chunk: int = 64,
+    indices: Sequence[int] | None = None,
+    progress: str | None = None,
+) -> Tensor:
+    """Evaluate `function(*rows, **rows) -> [S, b, ...]` on chunks of rows and join the results along dim 1.
+
+    Runs without gradient, in evaluation mode, in an isolated parameter store, with per-datum noise; weights,
+    buffers and the caller's random state stay as they were.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    with torch.no_grad(), preserve_rng(), evaluating(*programs), store.isolated():
+        if plate is None:
+            with noise.per_datum(seed, [0]):
+                return function(*args, **kwargs)
+        size = read_plate(programs[0], plate, args, kwargs).size
+        rows = RowArguments(args, kwargs, size, batched)
+        indices = range(size) if indices is None else indices
+        if len(indices) != size:
+            raise ValueError(f"indices must name each of the {size} data, got {len(indices)}")
+        starts: Any = range(0, size, chunk if rows.names() else size)
+        if progress is not None:
+            from tqdm.auto import tqdm
+
+            starts = tqdm(starts, desc=progress, disable=None, leave=False)
+        parts = []
+        for start in starts:
+            stop = min(start + chunk, size) if rows.names() else size
+            some_args, some_kwargs = rows.rows(slice(start, stop)) if rows.names() else (args, kwargs)
+            with noise.per_datum(seed, indices[start:stop]):
+                parts.append(function(*some_args, **some_kwargs))
+        return torch.cat(parts, dim=1)
+
+
+def log_weights(
+    model: Callable[..., Any],
+    guide: Any,
+    *args: Any,
+    num_samples: int = 1000,
+    seed: int = 0,
+    chunk: int | None = None,
+    indices: Sequence[int] | None = None,
+    progress: str | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """log p(x, z_s) - log q(z_s | x), `[S, B]`, float64, nats.
+
+    Args:
+        num_samples: S.
+        seed: with the datum's index, seeds its noise.
+        chunk: data evaluated at once; bounds memory, changes nothing else.
+        indices: index of each datum in its data set, when the rows given are not rows 0..B-1.
+        progress: label of a progress bar.
+
+    Raises:
+        NoDensityError: the guide has no density.
+        IncompatibleError: the guide was built for another model.
+        ScaleError: a KL weight or scale is in force.
+    """
+    require_pair(model, guide, None)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    rows = chunk if chunk is not None else max(1, 64_000 // num_samples)
+    weights = per_chunk(
+        lambda *a, **k: guide.log_weights(num_samples, *a, **k), (model, guide), args, kwargs,
+        plate=guide.plate, batched=guide.batched, seed=seed, chunk=rows, indices=indices, progress=progress,
+    )  # fmt: skip
+    return weights.double()
+
+
+def summarize(weights: Tensor) -> tuple[Estimate, Estimate]:
+    """(ELBO, IWAE) from log-weights `[S, B]`.
+
+    Standard errors per datum: sd(log w) / sqrt(S) and, by the delta method, sqrt(sum w^2 / (sum w)^2 - 1/S).
+    """
+    number = len(weights)
+    spread = weights.std(0) if number > 1 else torch.zeros_like(weights[0])
+    bound = torch.logsumexp(weights, 0) - math.log(number)
+    inverse_ess = torch.exp(torch.logsumexp(2 * weights, 0) - 2 * torch.logsumexp(weights, 0))
+    se = (inverse_ess - 1 / number).clamp_min(0).sqrt()
+    return (
+        Estimate("ELBO", "lower bound", weights.mean(0), spread / math.sqrt(number), number),
+        Estimate(f"IWAE-{number}", "lower bound", bound, se, number),
+    )
+
+
+def iwae(model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 1000, **kwargs: Any) -> Estimate:
+    """Importance-weighted bound per datum (Burda, Grosse & Salakhutdinov 2016); options as in `log_weights`."""
+    return summarize(log_weights(model, guide, *args, num_samples=num_samples, **kwargs))[1]
+
+
+def elbo(model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 100, **kwargs: Any) -> Estimate:
+    """ELBO per datum from sampled weights; options as in `log_weights`."""
+    return summarize(log_weights(model, guide, *args, num_samples=num_samples, **kwargs))[0]

@@ -1,0 +1,64 @@
+"""Where a number comes from; carried by every result, checked before two numbers stand side by side."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+__all__ = ["Provenance", "require_comparable"]
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")}}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The circumstances of a result.
+
+    Attributes:
+        data, fingerprint: the data set's name and the hash of its bytes.
+        split: which part the number is about ("test").
+        num_data: data the number is a mean of.
+        binarization: "none", "static" or "dynamic".
+        likelihood: of the observation.
+        num_samples: draws per datum of the estimator (None: not one number).
+        seed, dtype, device, threads: how it was run.
+        kl_weight: final weight of the KL in training.
+        versions: of the software.
+    """
+
+    data: str
+    fingerprint: str
+    split: str
+    num_data: int
+    binarization: str
+    likelihood: str
+    seed: int
+    num_samples: int | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    kl_weight: float = 1.0
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=_versions)
+
+    comparable_fields = ("data", "fingerprint", "split", "num_data", "binarization", "likelihood", "kl_weight")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def require_comparable(first: Provenance, *others: Provenance) -> None:
+    """Raise `ValueError` when numbers with these provenances must not stand side by side."""
+    for other in others:
+        for name in Provenance.comparable_fields:
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"these results are not comparable: {name} is {ours!r} in one and {theirs!r} in another; put them "
+                    "in separate tables"
+                )
