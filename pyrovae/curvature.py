@@ -134,15 +134,19 @@ class Curvature:
         """The expansion at `u: [B, D]`; with `create_graph` everything in it can be differentiated."""
         with torch.enable_grad():
             point = u if u.requires_grad else u.detach().requires_grad_()
-            run = self._run(point)
-            structure = _structure(self.space, run, point)
-            value = self.beta * sum(run.latent) + sum(run.observed)
+            if self.space.enumerated:  # sites are mixed by the sum over discrete latents: the whole Hessian
+                value = self.log_joint(point, self.beta)
+                precision = -_hessian(lambda at: self.log_joint(at, self.beta).sum(), point)
+            else:
+                run = self._run(point)
+                structure = _structure(self.space, run, point)
+                value = self.beta * sum(run.latent) + sum(run.observed)
+                precision = self._closed(structure, run, point)
+                for name, parameters in structure.moving.items():
+                    precision = precision + self._gauss_newton(run.sites_seen[name], parameters, point)
+                if structure.hessian:
+                    precision = precision - self._site_hessian(structure.hessian, point)
             (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=create_graph, retain_graph=True)
-            precision = self._closed(structure, run, point)
-            for name, parameters in structure.moving.items():
-                precision = precision + self._gauss_newton(run.sites_seen[name], parameters, point)
-            if structure.hessian:
-                precision = precision - self._hessian(structure.hessian, point)
         if not create_graph:
             value, gradient, precision = value.detach(), gradient.detach(), precision.detach()
         precision, floored = floor_eigenvalues(precision, self.floor)
@@ -162,8 +166,8 @@ class Curvature:
             if site.name in structure.closed:
                 seen = run.sites_seen[site.name]
                 scale = _base(seen.fn).scale.expand(seen.value.shape)
-                block = site.flatten(scale**-2, joint=self.space.plate is None)
-                diagonal = torch.cat([diagonal[:, : site.slice.start], self.beta * seen.weight * block,
+                block = site.flatten(seen.weigh(scale**-2), joint=self.space.plate is None)
+                diagonal = torch.cat([diagonal[:, : site.slice.start], self.beta * block,
                                       diagonal[:, site.slice.stop :]], dim=-1)  # fmt: skip
         return torch.diag_embed(diagonal)
 
@@ -176,10 +180,8 @@ class Curvature:
         total = u.new_zeros(*u.shape, u.shape[-1])
         for name in parameters:
             jacobian = jacobians[name]
-            product = blocks[name].product(jacobian) * seen.mask_like(jacobian)
-            total = total + seen.weight * torch.einsum(
-                "dbk,ebk->bde", self._by_row(seen, jacobian), self._by_row(seen, product)
-            )
+            product = seen.weigh(blocks[name].product(jacobian), lead=1)
+            total = total + torch.einsum("dbk,ebk->bde", self._by_row(seen, jacobian), self._by_row(seen, product))
         return total
 
     def _by_row(self, seen: _Site, jacobian: Tensor) -> Tensor:
@@ -214,7 +216,8 @@ class Curvature:
         model = self.space.model
         tensors = [weight, *(model.parameters() if isinstance(model, torch.nn.Module) else ())]
         version = tuple((id(tensor), tensor._version) for tensor in tensors)
-        if self.space.__dict__.get("_head_version") == version:
+        verified = self.space.__dict__.setdefault("_verified_heads", {})
+        if verified.get(name) == version:
             return
         with torch.no_grad():
             rest = []
@@ -229,23 +232,20 @@ class Curvature:
                 f"{type(model).__name__}.linear_head({name!r}) does not reproduce the site's {parameter}: "
                 "trunk(u) @ weight.T + bias must equal it, so correct the method or return None"
             )
-        self.space.__dict__["_head_version"] = version
+        verified[name] = version
 
-    def _hessian(self, names: tuple[str, ...], u: Tensor) -> Tensor:
+    def _site_hessian(self, names: tuple[str, ...], u: Tensor) -> Tensor:
         """Hessian of the named sites' log-density (log-Jacobians included), `[B, D, D]`."""
         latent = {site.name for site in self.space.sites}
 
         def total(point: Tensor) -> Tensor:
             run = self._run(point)
-            if self.space.enumerated:
-                return (sum(run.latent) + self.log_joint.terms(point)[1]).sum()
             value = point.new_zeros(())
             for name in names:
                 value = value + (self.beta if name in latent else 1.0) * run.log_probs[name].sum()
             return value
 
-        (columns,) = _jacobian(lambda point: (torch.func.grad(total)(point),), u)  # [D, B, D]
-        return columns.movedim(0, 1)
+        return _hessian(total, u)
 
 
 def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -281,6 +281,12 @@ def _jacobian(function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor) -> tu
     return torch.func.vmap(lambda tangent: torch.func.jvp(function, (u,), (tangent,))[1])(tangents)
 
 
+def _hessian(total: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """Hessian of a sum over independent rows, `[B, D, D]`."""
+    (columns,) = _jacobian(lambda point: (torch.func.grad(total)(point),), u)  # [D, B, D]
+    return columns.movedim(0, 1)
+
+
 def _base(fn: Any) -> Any:
     while isinstance(fn, td.Independent):
         fn = fn.base_dist
@@ -298,14 +304,19 @@ class _Site:
             if frame.name == plate:
                 self.weight = self.weight * (frame.size / frame.full_size)
 
-    def mask_like(self, jacobian: Tensor) -> Any:
-        """Masks of the site, broadcastable to `[D, *batch, *event]`."""
-        masks = [mask for mask in (self.mask, getattr(self.fn, "_mask", None)) if isinstance(mask, Tensor)]
-        weight: Any = 1.0
-        for mask in masks:
-            mask = mask.expand(self.fn.batch_shape)
-            weight = weight * mask.reshape(mask.shape + (1,) * (jacobian.dim() - 1 - mask.dim())).to(jacobian.dtype)
-        return weight
+    def weigh(self, value: Tensor, lead: int = 0) -> Tensor:
+        """`value: [*lead, *batch, *event]` times the site's scale and masks, also those below `to_event`."""
+        fn = self.fn
+        weights = [(self.weight, fn.batch_shape), (self.mask, fn.batch_shape)]
+        while isinstance(fn, td.Independent | MaskedDistribution):
+            if isinstance(fn, MaskedDistribution):
+                weights.append((fn._mask, fn.batch_shape))
+            fn = fn.base_dist
+        for weight, shape in weights:
+            if weight is not None:
+                weight = torch.as_tensor(weight).to(value).expand(shape)
+                value = value * weight.reshape(shape + (1,) * (value.dim() - lead - len(shape)))
+        return value
 
 
 class _Recorder(_AtLatents):
@@ -344,15 +355,15 @@ def _structure(space: LatentSpace, run: Any, u: Tensor) -> _Structure:
     moving: dict[str, tuple[str, ...]] = {}
     closed, hessian = [], []
     for name, seen in run.sites_seen.items():
-        blocks = None if space.enumerated else fisher(seen.fn)
+        blocks = fisher(seen.fn)
         if name in latent:
             base = _base(seen.fn)
             fixed = isinstance(base, td.Normal) and latent[name].is_real and seen.mask is None
-            if not space.enumerated and fixed and not moves(base.loc) and not moves(base.scale):
+            if fixed and not moves(base.loc) and not moves(base.scale):
                 closed.append(name)
             else:
                 hessian.append(name)
-        elif blocks is not None:
+        elif blocks is not None and not any(moves(value) for value in _unregistered(seen.fn, blocks)):
             parameters = tuple(key for key, block in blocks.items() if moves(block.parameter))
             if parameters:
                 moving[name] = parameters
@@ -361,3 +372,12 @@ def _structure(space: LatentSpace, run: Any, u: Tensor) -> _Structure:
     found = _Structure(moving, tuple(closed), tuple(hessian))
     space.__dict__["_curvature"] = found
     return found
+
+
+def _unregistered(fn: Any, blocks: dict[str, FisherBlock]) -> list[Tensor]:
+    """A distribution's parameters without Fisher information (a negative binomial's `total_count`)."""
+    while isinstance(fn, td.Independent | MaskedDistribution):
+        fn = fn.base_dist
+    known = {*blocks, "probs", "logits"} if "logits" in blocks else {*blocks}
+    values = [vars(fn).get(name) for name in fn.arg_constraints if name not in known]
+    return [value for value in values if isinstance(value, Tensor)]

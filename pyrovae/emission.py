@@ -46,7 +46,7 @@ def emit(space: LatentSpace, q: Any) -> None:
 def emit_draws(space: LatentSpace, u: Tensor) -> None:
     """Emit given draws `u: [..., B, D]` as `Delta`s without log-density."""
     for site in space.sites:
-        _emit_delta(site, to_constrained(site, space._block(site, u)))
+        _emit_delta(site, to_constrained(site, space._block(site, u, padded=True)))
 
 
 def site_posteriors(space: LatentSpace, guide_trace: Any) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _emit_packed(space: LatentSpace, q: Any) -> None:
     log_det = torch.zeros(value.shape[: value.dim() - len(q.event_shape)], dtype=u.dtype, device=u.device)
     values = {}
     for site in space.sites:
-        block = space._block(site, u)
+        block = space._block(site, u, padded=True)
         values[site.name] = to_constrained(site, block)
         if not site.is_real:
             term = bijection(site).log_abs_det_jacobian(block, values[site.name])

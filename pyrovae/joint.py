@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import MaskedDistribution, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Independent, biject_to
 
 from pyrovae import noise
 from pyrovae.batching import RowArguments
@@ -66,8 +66,12 @@ def inspect_model(
     start = 0
     for name, site in nodes.items():
         fn, value = site["fn"], site["value"]
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != plate]
         if site["is_observed"]:
             _check_support(name, fn, value, site["mask"])
+            if plate is not None:
+                batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+                _check_batch_dims(name, batch[:-1], frames)
             continue
         if fn.support.is_discrete:
             if not fn.has_enumerate_support:
@@ -79,9 +83,7 @@ def inspect_model(
             continue
         other = twin.nodes[name]["fn"]
         support = simplify(fn.support, other.support, len(fn.event_shape))
-        shape = biject_to(fn.support).inverse_shape(fn.shape())
-        unconstrained = shape[len(fn.batch_shape) :]
-        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != plate]
+        unconstrained = _coordinates(name, fn)[len(fn.batch_shape) :]
         for frame in frames:
             if frame.size != frame.full_size:
                 raise PlateError(f"the inner plate {frame.name!r} is subsampled: only the data plate may be")
@@ -98,7 +100,7 @@ def inspect_model(
                 support=support,
             )
         )
-        _check_batch_dims(sites[-1])
+        _check_batch_dims(name, inner, frames)
         start += size
     if not sites:
         raise LatentError("the model has no continuous latent site: there is nothing to infer")
@@ -127,29 +129,63 @@ def _check_plates(nodes: dict[str, Any], plate: str) -> None:
         )
 
 
-def _check_batch_dims(site: LatentSite) -> None:
-    sizes = [size for size in site.inner if size != 1]
-    plates = [size for _, size, _ in site.frames if size != 1]
+def _coordinates(name: str, fn: Any) -> torch.Size:
+    """Shape of a latent in unconstrained coordinates."""
+    try:
+        transform = biject_to(fn.support)
+        shape = transform.inverse_shape(fn.shape())
+        zero = torch.zeros(shape)
+        transform.log_abs_det_jacobian(zero, transform(zero))
+    except NotImplementedError as error:
+        raise LatentError(
+            f"the support of site {name!r} ({_base_name(fn)}) has no coordinates in R^n with a Jacobian: reparameterise "
+            "the model (for covariances LKJCholesky and scales, for directions a normalised Normal)"
+        ) from error
+    return shape
+
+
+def _check_batch_dims(name: str, inner: torch.Size, frames: list[Any]) -> None:
+    sizes = [size for size in inner if size != 1]
+    plates = [frame.size for frame in frames if frame.size != 1]
     if sorted(sizes) != sorted(plates):
         raise PlateError(
-            f"site {site.name!r} has batch shape {list(site.inner)} outside any plate: declare those dims with "
-            ".to_event(...) or an inner pyro.plate"
+            f"site {name!r} has batch shape {list(inner)} outside any plate: declare those dims with .to_event(...) "
+            "or an inner pyro.plate (or bring data and distribution to the same shape)"
         )
 
 
 def _check_support(name: str, fn: Any, value: Tensor, mask: Any) -> None:
     if isinstance(fn, Unit):
         return
-    inside = fn.support.check(value)
-    for hidden in (mask, getattr(fn, "_mask", None)):
-        if isinstance(hidden, Tensor):
-            inside = inside | ~hidden
+    try:
+        torch.broadcast_shapes(fn.shape(), value.shape)
+    except RuntimeError as error:
+        raise DataError(
+            f"the data at site {name!r} have shape {tuple(value.shape)}, but the model makes {tuple(fn.shape())}: "
+            "reshape one of them"
+        ) from error
+    if mask is False:
+        return
+    inside = _inside(fn, value)
+    if isinstance(mask, Tensor):
+        inside = inside | ~mask
     if not inside.all():
         hint = ": binarise them, or use a continuous likelihood" if fn.support.is_discrete else ""
         raise DataError(
             f"{int((~inside).sum())} of {inside.numel()} data at site {name!r} lie outside the support of "
             f"{_base_name(fn)}{hint}"
         )
+
+
+def _inside(fn: Any, value: Tensor) -> Tensor:
+    """Whether values lie in the support; masked ones (also element by element, below `to_event`) always do."""
+    if isinstance(fn, MaskedDistribution):
+        return _inside(fn.base_dist, value) | ~torch.as_tensor(fn._mask)
+    if isinstance(fn, Independent):
+        inside = _inside(fn.base_dist, value)
+        n = fn.reinterpreted_batch_ndims
+        return inside.flatten(-n).all(-1) if n else inside
+    return fn.support.check(value)
 
 
 def _base_name(fn: Any) -> str:
@@ -165,6 +201,7 @@ class _AtLatents(poutine.messenger.Messenger):
         super().__init__()
         self.space, self.u, self.check = space, u, check
         self.sites = {site.name: site for site in space.sites}
+        self.depth = 0 if space.plate is None else 1  # batch dims of a site without enumeration
         self.latent: list[Tensor] = []
         self.observed: list[Tensor] = []
 
@@ -194,7 +231,7 @@ class _AtLatents(poutine.messenger.Messenger):
         log_det = msg["infer"].get("_log_det")
         if log_det is not None:
             log_prob = log_prob + scale_and_mask(log_det, msg["scale"], msg["mask"])
-        enumerated = self.space.enumerated and log_prob.dim() > 1
+        enumerated = self.space.enumerated and log_prob.dim() > self.depth
         (self.observed if enumerated else self.latent).append(self._reduce(log_prob, msg))
 
     def _reduce(self, log_prob: Tensor, msg: dict[str, Any]) -> Tensor:
@@ -221,8 +258,7 @@ def evaluate(
     at = _AtLatents(space, u, check)
     model = space.model
     if space.enumerated:
-        depth = 1 if space.plate is not None else 0
-        model = poutine.enum(config_enumerate(model), first_available_dim=-1 - depth)
+        model = poutine.enum(config_enumerate(model), first_available_dim=-1 - at.depth)
     with hidden_samples(), at:
         model(*args, **kwargs)
     zero = u.new_zeros(u.shape[:-1] if space.plate is not None else (1,))

@@ -79,9 +79,9 @@ class LatentSpace:
     ) -> None:
         self.model, self.plate, self.batched = model, plate, batched
         check_finite(args, kwargs)
-        if plate is not None:
-            read_plate(model, plate, args, kwargs)  # a missing plate is reported before anything else
         with fresh(), preserve_rng(), torch.no_grad(), evaluating(model):
+            if plate is not None:
+                read_plate(model, plate, args, kwargs)  # a missing plate is reported before anything else
             structure = inspect_model(model, plate, args, kwargs)
         self.sites: tuple[LatentSite, ...] = structure.sites
         self.enumerated: tuple[str, ...] = structure.enumerated
@@ -161,8 +161,8 @@ class LatentSpace:
 
         return site_posteriors(self, guide_trace)
 
-    def _block(self, site: LatentSite, u: Tensor) -> Tensor:
-        return site.arrange(u[..., site.slice], joint=self.plate is None)
+    def _block(self, site: LatentSite, u: Tensor, *, padded: bool = False) -> Tensor:
+        return site.arrange(u[..., site.slice], joint=self.plate is None, padded=padded)
 
     def _check_rows(self, bound: LogJoint) -> None:
         rows, size = bound.rows, bound.rows.size
@@ -177,7 +177,10 @@ class LatentSpace:
             self._foldable = False
             return
         if size == 1:
-            part, expected = bound(u), torch.stack([whole, bound(u[1])])
+            try:
+                part, expected = bound(u), torch.stack([whole, bound(u[1])])
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise BatchError(f"the model does not run on its one row repeated {causes}") from error
         else:
             half = (size + 1) // 2
             args, kwargs = rows.rows(slice(0, half))

@@ -7,6 +7,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,10 @@ def modules_of(*programs: Any) -> list[nn.Module]:
             names = inspect.getclosurevars(item)
             for value in (*names.nonlocals.values(), *names.globals.values()):
                 if isinstance(value, nn.Module) or inspect.isfunction(value) or isinstance(value, functools.partial):
+                    visit(value)
+        elif hasattr(item, "__dict__") and not isinstance(item, type | ModuleType):  # an object that holds its nets
+            for value in vars(item).values():
+                if isinstance(value, nn.Module) or hasattr(value, "__dict__") and callable(value):
                     visit(value)
 
     for program in programs:

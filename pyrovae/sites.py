@@ -46,18 +46,18 @@ class LatentSite:
         """Whether the site is unconstrained, so that its value is its part of `u`."""
         return self.support is not None and _is_real(self.support)
 
-    def arrange(self, block: Tensor, *, joint: bool) -> Tensor:
+    def arrange(self, block: Tensor, *, joint: bool, padded: bool = False) -> Tensor:
         """A block of `u` in the site's layout: `[..., B, n] -> [..., *inner, B, *unconstrained]`.
 
-        Leading dims may be padded for the inner plates, as Pyro's particle plate pads them: their last
-        `len(inner)` sizes are then 1 and make room. In joint mode B = 1 is dropped.
+        With `padded`, leading dims come from Pyro's particle plate, which leaves sizes of 1 for the inner plates:
+        the last `len(inner)` of them make room. In joint mode B = 1 is dropped.
         """
         lead = block.shape[:-2]
         k = len(self.inner)
-        if k and len(lead) >= k and all(size == 1 for size in lead[-k:]):
+        if padded and k and len(lead) >= k and all(size == 1 for size in lead[-k:]):
             lead = lead[:-k]
         if joint:
-            return block.reshape(*lead, *self.inner, *self.unconstrained_shape)
+            return block.reshape((*lead, *self.inner, *self.unconstrained_shape))
         value = block.reshape(*lead, block.shape[-2], *self.inner, *self.unconstrained_shape)
         return value.movedim(len(lead), len(lead) + k) if k else value
 

@@ -81,12 +81,14 @@ def nuts(
                 mcmc.run()
             chains.append(mcmc.get_samples()["u"].detach())
             divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
-    draws = torch.stack(chains)
+        draws = torch.stack(chains)
+        with torch.no_grad():
+            lp = torch.stack([log_joint(chain) for chain in draws])
     rhat, ess, status = status_of(draws)
     pooled = draws.double().flatten(0, 1)
     return Reference(
         kind="nuts", space=space, draws=draws, rhat=rhat, ess=ess, divergences=divergences, status=status,
-        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, seconds=time.perf_counter() - began, initial=start,
+        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, seconds=time.perf_counter() - began, initial=start, lp=lp,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ class Reference:
         log_evidence: `[B]`, exact log p(x) in nats, or None.
         seconds: what it cost.
         initial: `[C, B, D]` starting points of the chains, or None.
+        lp: `[C, S, B]`, log-joint at the draws, nats, or None.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Reference:
     log_evidence: Tensor | None
     seconds: float
     initial: Tensor | None = None
+    lp: Tensor | None = None
 
     @property
     def usable(self) -> Tensor:

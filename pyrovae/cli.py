@@ -1,0 +1,57 @@
+"""The `pyrovae` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Guides, ground truth and diagnostics for deep latent-variable models in Pyro."""
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="digits, mnist, or a path to an .npz with 'train' and 'test'")] = "digits",
+    guides: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
+    latent_dim: Annotated[int, typer.Option(min=1, help="latents per datum")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="training epochs of every guide (5 with --quick)")] = 60,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default for small nets")] = None,
+    out: Annotated[str, typer.Option(help="folder for the report, the numbers, draws and checkpoints")] = "runs/compare",
+    binarization: Annotated[str, typer.Option(help="static, dynamic or none (Gaussian likelihood)")] = "static",
+    quick: Annotated[bool, typer.Option("--quick", help="a small run that shows everything and proves nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the checkpoints in --out")] = False,
+) -> None:
+    """Train one model under each guide, hold all of them against NUTS, write a table and a report."""
+    from rich.console import Console
+
+    from pyrovae.comparison import Settings, run
+    from pyrovae.recipes import GUIDES
+
+    console = Console()
+    names = tuple(name.strip() for name in guides.split(",") if name.strip()) or tuple(GUIDES)
+    try:
+        settings = Settings(
+            data=data, guides=names, latent_dim=latent_dim, epochs=min(epochs, 5) if quick else epochs, seed=seed,
+            device=device, threads=threads, out=out, quick=quick, binarization=binarization,
+            num_samples=200 if quick else 1000, resume=resume,
+        )  # fmt: skip
+        run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
+    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+        if type(error).__module__.startswith("torch"):
+            raise
+        console.print(f"[bold red]pyrovae compare:[/] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,311 @@
+"""The main job: one generative model under each guide, end to end and with one frozen decoder, held against NUTS.
+
+Every guide trains its own copy of the model (end to end). These numbers mix the model's quality with the guide's, so
+all guides then serve as posteriors of *one* frozen decoder, where paired per-datum differences tell them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyrovae import data as datasets
+from pyrovae import diagnose, evidence, reference, runtime, table
+from pyrovae.guides.base import Guide
+from pyrovae.models import VAE
+from pyrovae.provenance import Provenance
+from pyrovae.recipes import GUIDES, build_guide, build_model, hidden_width
+from pyrovae.table import Number, Row
+from pyrovae.training import FitResult, fit
+
+__all__ = ["Outcome", "Settings", "run"]
+
+TUNED = "amortized (tuned)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `pyrovae compare` was asked for."""
+
+    data: str = "digits"
+    guides: tuple[str, ...] = tuple(GUIDES)
+    latent_dim: int = 8
+    epochs: int = 60
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    out: str = "runs/compare"
+    quick: bool = False
+    binarization: str = "static"
+    batch_size: int = 100
+    learning_rate: float = 2e-3
+    num_samples: int = 1000
+    num_reference: int = 4
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.guides if name not in GUIDES]
+        if unknown or not self.guides:
+            raise ValueError(f"unknown guides {unknown}: choose from {', '.join(GUIDES)}")
+        if self.latent_dim < 1 or self.epochs < 1:
+            raise ValueError("latent_dim and epochs must be at least 1")
+
+    @property
+    def tune_epochs(self) -> int:
+        """Epochs for which guides are tuned to the frozen decoder."""
+        return max(1, self.epochs // 3)
+
+    @property
+    def nuts(self) -> dict[str, int]:
+        return {"num_samples": 100, "warmup": 100} if self.quick else {"num_samples": 700, "warmup": 300}
+
+
+@dataclass
+class Outcome:
+    """Everything the job found; the report and the JSON are views of it."""
+
+    settings: Settings
+    data: Any
+    provenance: Provenance
+    frozen_from: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
+    fits: dict[str, FitResult] = field(default_factory=dict)
+    models: dict[str, VAE] = field(default_factory=dict)
+    guides: dict[str, Guide] = field(default_factory=dict)
+    frozen_guides: dict[str, Guide] = field(default_factory=dict)
+    end_to_end: list[Row] = field(default_factory=list)
+    frozen: list[Row] = field(default_factory=list)
+    references: dict[str, reference.Reference] = field(default_factory=dict)
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    khats: dict[str, Tensor] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `comparison.json`."""
+        return {
+            "settings": asdict(self.settings),
+            "provenance": self.provenance.to_dict(),
+            "seconds_by_phase": self.phases,
+            "frozen_decoder": self.frozen_from,
+            "end_to_end": [row.to_dict() for row in self.end_to_end],
+            "frozen": [row.to_dict() for row in self.frozen],
+            "references": {
+                name: {
+                    "kind": r.kind, "rhat": r.rhat.tolist(), "ess": r.ess.tolist(), "status": list(r.status),
+                    "divergences": r.divergences, "seconds": r.seconds, "chains_by_draws": list(r.draws.shape[:2]),
+                }
+                for name, r in self.references.items()
+            },
+            "training": {
+                name: {"objective": f.objective, "curve": f.curve, "steps": f.steps, "seconds": f.seconds}
+                for name, f in self.fits.items()
+            },
+        }  # fmt: skip
+
+
+def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
+    """Train, evaluate, compare, and write everything below `settings.out`."""
+    images = datasets.load(settings.data, binarization=settings.binarization, seed=settings.seed)
+    pixels = images.event_shape[0]
+    work = settings.batch_size * hidden_width(pixels) * pixels
+    threads = runtime.threads(settings.threads, work=0 if pixels <= 256 else work)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but this machine has no GPU that torch can use: pass --device cpu")
+    likelihood = "gaussian" if settings.binarization == "none" else "bernoulli"
+    train, test = images.train.to(settings.device), images.test.to(settings.device)
+    if settings.quick:
+        train, test = train[:500], test[:50]
+    test = test[:1000]
+    outcome = Outcome(settings, images, Provenance(
+        data=images.name, fingerprint=images.fingerprint, split="test", num_data=len(test),
+        binarization=images.binarization, likelihood=likelihood, seed=settings.seed,
+        num_samples=settings.num_samples, device=settings.device, threads=threads,
+    ))  # fmt: skip
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"{images!r}; {threads} thread(s), device {settings.device}, seed {settings.seed}")
+
+    job = _Job(settings, outcome, train, test, pixels, likelihood, out, say)
+    job.phase("training end to end", job.train_all)
+    job.phase("training on the frozen decoder", job.tune_all)
+    job.phase("evaluation", job.evaluate_all)
+    job.phase("NUTS", job.sample_references)
+    job.phase("report", job.write)
+    total = sum(outcome.phases.values())
+    say(f"{total:.0f} s in all; see {out / 'report.html'}")
+    return outcome
+
+
+class _Job:
+    """The phases of one run."""
+
+    def __init__(
+        self, settings: Settings, outcome: Outcome, train: Tensor, test: Tensor, pixels: int, likelihood: str,
+        out: Path, say: Callable[[Any], None],
+    ) -> None:  # fmt: skip
+        self.settings, self.outcome, self.train, self.test = settings, outcome, train, test
+        self.pixels, self.likelihood, self.out, self.say = pixels, likelihood, out, say
+        self.weights: dict[str, Tensor] = {}
+
+    def phase(self, name: str, work: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        work()
+        self.outcome.phases[name] = time.perf_counter() - began
+        self.say(f"{name}: {self.outcome.phases[name]:.1f} s")
+
+    def _fit(self, name: str, model: Any, guide: Guide, epochs: int, learning_rate: float, folder: str) -> FitResult:
+        s = self.settings
+        return fit(
+            model, guide, self.train, epochs=epochs, batch_size=s.batch_size, seed=s.seed,
+            optimizer=pyro.optim.Adam({"lr": learning_rate}), transform=self.outcome.data.transform,
+            checkpoint=self.out / folder / f"{name.replace(' ', '-')}.pt", resume=s.resume, description=name,
+        )  # fmt: skip
+
+    def train_all(self) -> None:
+        s, o = self.settings, self.outcome
+        for name in s.guides:
+            vae = build_model(self.pixels, s.latent_dim, self.likelihood, s.seed, s.device)
+            guide = build_guide(name, vae, s.seed, s.device)
+            o.models[name], o.guides[name] = vae, guide
+            o.fits[name] = self._fit(name, vae, guide, s.epochs, s.learning_rate, "checkpoints")
+            o.fits[name].state.clear()  # modules hold all parameters; the store's state is not needed again
+
+    def tune_all(self) -> None:
+        """Every guide gets the same extra epochs on the frozen decoder, starting from its encoder."""
+        s, o = self.settings, self.outcome
+        o.frozen_from = "amortized" if "amortized" in s.guides else s.guides[0]
+        vae = o.models[o.frozen_from].requires_grad_(False)
+        start = getattr(o.guides[o.frozen_from], "encoder", None) if o.frozen_from == "amortized" else None
+        for name in s.guides:
+            if name == o.frozen_from:
+                o.frozen_guides[name] = o.guides[name]
+                if name == "amortized":
+                    o.frozen_guides[TUNED] = self._tune(TUNED, build_guide(name, vae, s.seed, s.device, start), vae)
+            else:
+                o.frozen_guides[name] = self._tune(name, build_guide(name, vae, s.seed, s.device, start), vae)
+
+    def _tune(self, name: str, guide: Guide, vae: VAE) -> Guide:
+        if any(p.requires_grad for p in guide.parameters()):
+            self._fit(name, vae, guide, self.settings.tune_epochs, self.settings.learning_rate / 2, "frozen")
+        return guide
+
+    def evaluate_all(self) -> None:
+        o = self.outcome
+        for name, guide in o.guides.items():
+            values = self._evaluate(name, guide)
+            values["training s"] = Number(o.fits[name].seconds)
+            o.end_to_end.append(Row(name, values, o.provenance))
+        base = o.frozen_guides[o.frozen_from]
+        for name, guide in o.frozen_guides.items():
+            values = dict(o.end_to_end[0].values) if guide is base and o.frozen_from == self.settings.guides[0] else {}
+            values = values or self._evaluate(f"{name} (frozen decoder)", guide)
+            values.pop("training s", None)
+            o.frozen.append(Row(name, values, o.provenance))
+        self._differences()
+
+    def _evaluate(self, name: str, guide: Guide) -> dict[str, Number | str]:
+        values: dict[str, Number | str] = {"ms / posterior": self._milliseconds(guide)}
+        if not guide.traits.has_density:
+            reason = f"{guide.traits.name} has no density (trained on E_q log p(x,z))"
+            return {**values, "ELBO": reason, "IWAE": reason, "k-hat median": "no density", "k-hat > 0.7": "no density"}
+        weights = evidence.log_weights(
+            guide.model, guide, self.test, num_samples=self.settings.num_samples, seed=self.settings.seed,
+            progress=f"evaluating {name}",
+        )  # fmt: skip
+        elbo, iwae = evidence.summarize(weights)
+        khat = diagnose.pareto_khat(weights)
+        self.weights[name], self.outcome.khats[name] = weights, khat
+        share = float((khat > 0.7).double().mean())
+        return {
+            **values,
+            "ELBO": Number(elbo.mean, elbo.mean_se),
+            "IWAE": Number(iwae.mean, iwae.mean_se),
+            "k-hat median": Number(float(khat.median()), _median_se(khat)),
+            "k-hat > 0.7": Number(share, math.sqrt(share * (1 - share) / len(khat))),
+        }
+
+    def _milliseconds(self, guide: Guide) -> Number:
+        """Time of one posterior (one draw of it), batched over the test set; se over repeats."""
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            with torch.no_grad(), runtime.preserve_rng(), runtime.evaluating(guide.model, guide):
+                guide.draws(1, self.test)
+            times.append(1000 * (time.perf_counter() - began) / len(self.test))
+        spread = torch.tensor(times[1:], dtype=torch.double)  # the first call also checks the batch
+        return Number(float(spread.median()), float(spread.std() / math.sqrt(len(spread))))
+
+    def _differences(self) -> None:
+        """Paired per-datum differences from the frozen decoder's own guide."""
+        o = self.outcome
+        base = self.weights.get(o.frozen_from, self.weights.get(f"{o.frozen_from} (frozen decoder)"))
+        if base is None:
+            return
+        for row in o.frozen:
+            weights = self.weights.get(f"{row.guide} (frozen decoder)")
+            if weights is None:
+                continue
+            for column, ours, theirs in zip(
+                ("ELBO", "IWAE"), evidence.summarize(weights), evidence.summarize(base), strict=True
+            ):
+                gain = ours.values - theirs.values
+                se = float(gain.std() / math.sqrt(len(gain)))
+                row.values[f"difference of {column}"] = Number(float(gain.mean()), se)
+
+    def sample_references(self) -> None:
+        """NUTS on a few held-out data under every decoder, and every guide against its own decoder's."""
+        s, o = self.settings, self.outcome
+        x = self.test[: s.num_reference]
+        for name, vae in o.models.items():
+            o.references[name] = reference.nuts(vae, x, seed=s.seed, **s.nuts)
+            self.say(f"  decoder of {name}: {o.references[name]!r}")
+            self._compare(o.end_to_end, name, o.guides[name], o.references[name], x)
+        truth = o.references[o.frozen_from]
+        for name, guide in o.frozen_guides.items():
+            o.draws[name] = self._compare(o.frozen, name, guide, truth, x)
+
+    def _compare(
+        self, rows: Sequence[Row], name: str, guide: Guide, truth: reference.Reference, x: Tensor
+    ) -> Tensor:
+        row = next(row for row in rows if row.guide == name)
+        if not truth.usable.any():
+            for column in ("mean error", "sd ratio", "sliced W2"):
+                row.values[column] = "the reference did not mix"
+            return guide.draws(1, x)
+        result = reference.compare(guide, truth, x, seed=self.settings.seed)
+        for column, value, floor in (
+            ("mean error", result.mean_error, result.mean_error_floor),
+            ("sd ratio", result.sd_ratio.mean(-1), result.sd_ratio_floor.mean(-1)),
+            ("sliced W2", result.sliced_w2, result.sliced_w2_floor),
+        ):
+            kept = value[~value.isnan()]
+            se = float(kept.std() / math.sqrt(len(kept))) if len(kept) > 1 else None
+            row.values[column] = Number(float(kept.mean()), se, float(floor.nanmean()))
+        return result.draws
+
+    def write(self) -> None:
+        from pyrovae import export
+        from pyrovae.comparison_report import write_report
+
+        o = self.outcome
+        x = self.test[: self.settings.num_reference]
+        for title, rows in (("End to end", o.end_to_end), (f"One frozen decoder ({o.frozen_from})", o.frozen)):
+            self.say(table.to_rich(title, rows))
+        (self.out / "comparison.json").write_text(json.dumps(o.to_dict(), indent=1, allow_nan=False))
+        export.save(self.out / "posterior.nc", o.references[o.frozen_from], o.draws, {"x": x})
+        write_report(o, self.test, self.out / "report.html")
+
+
+def _median_se(values: Tensor, repeats: int = 200) -> float:
+    """Bootstrap standard error of the median over data."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(values), (repeats, len(values)), generator=generator)
+    return float(values.cpu()[index].median(dim=1).values.std())

@@ -1,0 +1,107 @@
+"""The page that `pyrovae compare` writes: what a person would rather look at than the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyrovae import plots, report
+from pyrovae.runtime import evaluating, seeded
+from pyrovae.table import Number, Row
+
+if TYPE_CHECKING:
+    from pyrovae.comparison import Outcome
+
+__all__ = ["verdict", "write_report"]
+
+
+def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
+    """Write the self-contained HTML page."""
+    o = outcome
+    frozen = o.references[o.frozen_from]
+    shown = list(range(min(3, frozen.draws.shape[2])))
+    sections = [
+        report.section(
+            "Posteriors of one frozen decoder, against NUTS",
+            report.figure(
+                plots.posterior(frozen.pooled, o.draws, data=shown), "scatter of each guide's draws over NUTS draws"
+            ),
+            report.paragraph(
+                "Grey: NUTS. Colour: the guide. Each row is one held-out datum, in the plane of the two latents that "
+                "NUTS finds most correlated.", "soft",
+            ),
+        ),
+        report.section(
+            "One frozen decoder: the guides compared",
+            report.paragraph(
+                f"All guides are posteriors of the same decoder (trained with {o.frozen_from}, then frozen); encoders "
+                f"start from that run's and get {o.settings.tune_epochs} more epochs. Differences are paired per "
+                f"datum, against {o.frozen_from} as it was trained."
+            ),
+            report.table(o.frozen),
+        ),
+        report.section(
+            "End to end: one model trained under each guide",
+            report.table(o.end_to_end),
+            report.paragraph(
+                "Nats per datum, mean over held-out data ± standard error; ELBO and IWAE are lower bounds of log p(x). "
+                "Different decoders: model and guide are judged together. The floor is the same distance between the "
+                "two halves of the reference; below it a guide cannot be told from the truth. k-hat below 0.5 is good, "
+                "above 0.7 unreliable; it cannot see a missed mode.", "soft",
+            ),
+        ),
+        report.section("Training", report.figure(plots.training(
+            {name: (f.objective, f.curve) for name, f in o.fits.items()}), "training curves")),
+        report.section("Reconstructions and samples", report.figure(
+            plots.images(_pictures(o, test), o.data.image_shape), "reconstructions and samples"),
+            report.paragraph("Above: held-out data and the decoder's mean at one posterior draw. Below: the decoder's "
+                             "mean at draws from the prior.", "soft")),
+        report.section("k-hat, datum by datum", report.figure(plots.khat(
+            {name: value for name, value in o.khats.items() if "frozen" not in name}), "per-datum k-hat")),
+        report.section("Where the numbers come from", report.facts({
+            **{k: v for k, v in o.provenance.to_dict().items() if k != "versions"}, **o.provenance.versions,
+            **{f"{name} (s)": f"{seconds:.1f}" for name, seconds in o.phases.items()},
+            **{f"NUTS, decoder of {name}": repr(r) for name, r in o.references.items()},
+        })),
+    ]  # fmt: skip
+    path.write_text(report.page(f"PyroVAE on {o.data.name}", verdict(o), sections))
+
+
+def verdict(outcome: Outcome) -> str:
+    """What the frozen-decoder table says, in words."""
+    gains = [(row, row.values.get("difference of ELBO")) for row in outcome.frozen]
+    better = [(r, g) for r, g in gains if isinstance(g, Number) and g.se is not None and g.value > 3 * g.se]
+    base = outcome.frozen_from
+    if not better:
+        first = f"On one frozen decoder no guide beats {base}'s ELBO by more than three standard errors."
+    else:
+        names = "; ".join(f"{r.guide} by {g.value:.2f} ± {g.se:.2f}" for r, g in better)
+        first = f"On one frozen decoder these guides beat {base}'s ELBO, in nats per datum: {names}."
+    nearest = min(outcome.frozen, key=_distance)
+    w2 = nearest.values.get("sliced W2")
+    if not isinstance(w2, Number):
+        return first
+    return f"{first} Nearest to NUTS is {nearest.guide} (sliced W2 {w2.value:.2f}, noise floor {w2.floor:.2f})."
+
+
+def _distance(row: Row) -> float:
+    w2 = row.values.get("sliced W2")
+    return w2.value if isinstance(w2, Number) else float("inf")
+
+
+def _pictures(outcome: Outcome, test: Tensor) -> dict[str, Tensor]:
+    x = test[:14]
+    rows: dict[str, Tensor] = {"data": x}
+    with torch.no_grad(), seeded(outcome.settings.seed):
+        for name, guide in outcome.guides.items():
+            with evaluating(guide.model, guide):
+                rows[name] = outcome.models[name].mean(guide.sample(1, x)["z"][0])
+        for name, vae in outcome.models.items():
+            torch.manual_seed(outcome.settings.seed)
+            z = torch.randn(14, vae.latent_dim, device=x.device)
+            with evaluating(vae):
+                rows[f"samples, {name}"] = vae.mean(z)
+    return rows

@@ -1,0 +1,96 @@
+"""Tables of results for the terminal, and the rule that only comparable numbers stand in one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyrovae.provenance import Provenance, require_comparable
+
+__all__ = ["COLUMNS", "Number", "Row", "cells", "columns_of", "to_rich"]
+
+COLUMNS = (
+    "guide", "ELBO", "IWAE", "difference of ELBO", "difference of IWAE", "k-hat median", "k-hat > 0.7",
+    "mean error", "sd ratio", "sliced W2", "ms / posterior", "training s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value with its standard error, or with the noise floor it is to be read against."""
+
+    value: float
+    se: float | None = None
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        finite = {"value": self.value, "se": self.se, "noise_floor": self.floor}
+        return {name: x if x is None or math.isfinite(x) else None for name, x in finite.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One guide's results; a number that does not exist says why in words.
+
+    Attributes:
+        guide: its name.
+        values: column -> a `Number`, or a reason in words.
+        provenance: of all its numbers.
+    """
+
+    guide: str
+    values: dict[str, Number | str]
+    provenance: Provenance
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: every number with its standard error, and where it comes from."""
+        numbers = {k: v.to_dict() if isinstance(v, Number) else {"reason": v} for k, v in self.values.items()}
+        return {"guide": self.guide, **numbers, "provenance": self.provenance.to_dict()}
+
+
+def cells(row: Row, columns: Sequence[str]) -> list[str]:
+    """A row as text, one cell per column."""
+    return [row.guide if column == "guide" else _text(column, row.values.get(column)) for column in columns]
+
+
+_DIGITS = {"ms / posterior": 3, "training s": 1, "k-hat > 0.7": 0}
+
+
+def _text(column: str, number: Number | str | None) -> str:
+    if number is None or isinstance(number, str):
+        return number or ""
+    digits = _DIGITS.get(column, 2)
+    if column == "k-hat > 0.7":
+        return f"{100 * number.value:.0f} %"
+    value = f"{number.value:+.{digits}f}" if column.startswith("difference") else f"{number.value:.{digits}f}"
+    if number.floor is not None:
+        return f"{value} (floor {number.floor:.{digits}f})"
+    timing = column in ("ms / posterior", "training s", "k-hat median")
+    return value if number.se is None or timing else f"{value} ± {number.se:.{digits}f}"
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns in which any row has something to say; raises when the rows are not comparable."""
+    if rows:
+        require_comparable(rows[0].provenance, *(row.provenance for row in rows[1:]))
+    return [c for c in COLUMNS if c == "guide" or any(row.values.get(c) is not None for row in rows)]
+
+
+def to_rich(title: str, rows: Sequence[Row], caption: str = "") -> Any:
+    """A `rich` table.
+
+    Raises:
+        ValueError: the rows' provenances are not comparable (other data, binarisation, likelihood, split).
+    """
+    from rich import box
+    from rich.table import Table
+
+    columns = columns_of(rows)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "guide" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*cells(row, columns))
+    return table
