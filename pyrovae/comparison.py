@@ -23,13 +23,11 @@ from pyrovae import diagnose, evidence, reference, runtime, table
 from pyrovae.guides.base import Guide
 from pyrovae.models import VAE
 from pyrovae.provenance import Provenance
-from pyrovae.recipes import GUIDES, build_guide, build_model, hidden_width
+from pyrovae.recipes import FROZEN_EXTRAS, GUIDES, TUNED, build_guide, build_model, hidden_width
 from pyrovae.table import Number, Row
 from pyrovae.training import FitResult, fit
 
 __all__ = ["Outcome", "Settings", "run"]
-
-TUNED = "amortized (tuned)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Settings:
     data: str = "digits"
     guides: tuple[str, ...] = tuple(GUIDES)
     latent_dim: int = 8
-    epochs: int = 60
+    epochs: int = 100
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -47,7 +45,7 @@ class Settings:
     quick: bool = False
     binarization: str = "static"
     batch_size: int = 100
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     num_samples: int = 1000
     num_reference: int = 4
     resume: bool = False
@@ -62,11 +60,11 @@ class Settings:
     @property
     def tune_epochs(self) -> int:
         """Epochs for which guides are tuned to the frozen decoder."""
-        return max(1, self.epochs // 3)
+        return max(1, self.epochs // 6)
 
     @property
     def nuts(self) -> dict[str, int]:
-        return {"num_samples": 100, "warmup": 100} if self.quick else {"num_samples": 700, "warmup": 300}
+        return {"num_samples": 100, "warmup": 100} if self.quick else {"num_samples": 500, "warmup": 200}
 
 
 @dataclass
@@ -179,43 +177,39 @@ class _Job:
             o.fits[name].state.clear()  # modules hold all parameters; the store's state is not needed again
 
     def tune_all(self) -> None:
-        """Every guide gets the same extra epochs on the frozen decoder, starting from its encoder."""
+        """Every guide on one frozen decoder; encoders start from the decoder's own run and are tuned to it."""
         s, o = self.settings, self.outcome
         o.frozen_from = "amortized" if "amortized" in s.guides else s.guides[0]
-        vae = o.models[o.frozen_from].requires_grad_(False)
-        start = getattr(o.guides[o.frozen_from], "encoder", None) if o.frozen_from == "amortized" else None
-        for name in s.guides:
-            if name == o.frozen_from:
-                o.frozen_guides[name] = o.guides[name]
-                if name == "amortized":
-                    o.frozen_guides[TUNED] = self._tune(TUNED, build_guide(name, vae, s.seed, s.device, start), vae)
-            else:
-                o.frozen_guides[name] = self._tune(name, build_guide(name, vae, s.seed, s.device, start), vae)
-
-    def _tune(self, name: str, guide: Guide, vae: VAE) -> Guide:
-        if any(p.requires_grad for p in guide.parameters()):
-            self._fit(name, vae, guide, self.settings.tune_epochs, self.settings.learning_rate / 2, "frozen")
-        return guide
+        vae, base = o.models[o.frozen_from].requires_grad_(False).eval(), o.guides[o.frozen_from]
+        start = getattr(base, "encoder", None) if o.frozen_from == "amortized" else None
+        names = [name for name in s.guides if name != o.frozen_from]
+        if start is not None:
+            names += [extra for extra in FROZEN_EXTRAS if extra.split(" ")[0] in s.guides]
+        o.frozen_guides[o.frozen_from] = base
+        for name in sorted(names, key=_order):
+            guide = build_guide(name, vae, s.seed, s.device, start)
+            if any(p.requires_grad for p in guide.parameters()) and (start is None or name in TUNED):
+                self._fit(name, vae, guide, s.tune_epochs, s.learning_rate, "frozen")
+            o.frozen_guides[name] = guide
 
     def evaluate_all(self) -> None:
         o = self.outcome
         for name, guide in o.guides.items():
             values = self._evaluate(name, guide)
-            values["training s"] = Number(o.fits[name].seconds)
+            values["train s"] = Number(o.fits[name].seconds)
             o.end_to_end.append(Row(name, values, o.provenance))
         base = o.frozen_guides[o.frozen_from]
         for name, guide in o.frozen_guides.items():
             values = dict(o.end_to_end[0].values) if guide is base and o.frozen_from == self.settings.guides[0] else {}
             values = values or self._evaluate(f"{name} (frozen decoder)", guide)
-            values.pop("training s", None)
+            values.pop("train s", None)
             o.frozen.append(Row(name, values, o.provenance))
         self._differences()
 
     def _evaluate(self, name: str, guide: Guide) -> dict[str, Number | str]:
-        values: dict[str, Number | str] = {"ms / posterior": self._milliseconds(guide)}
+        values: dict[str, Number | str] = {"ms": self._milliseconds(guide)}
         if not guide.traits.has_density:
-            reason = f"{guide.traits.name} has no density (trained on E_q log p(x,z))"
-            return {**values, "ELBO": reason, "IWAE": reason, "k-hat median": "no density", "k-hat > 0.7": "no density"}
+            return {**values, "ELBO": "no density", "IWAE": "no density", "k-hat": "none", "> 0.7": "none"}
         weights = evidence.log_weights(
             guide.model, guide, self.test, num_samples=self.settings.num_samples, seed=self.settings.seed,
             progress=f"evaluating {name}",
@@ -228,8 +222,8 @@ class _Job:
             **values,
             "ELBO": Number(elbo.mean, elbo.mean_se),
             "IWAE": Number(iwae.mean, iwae.mean_se),
-            "k-hat median": Number(float(khat.median()), _median_se(khat)),
-            "k-hat > 0.7": Number(share, math.sqrt(share * (1 - share) / len(khat))),
+            "k-hat": Number(float(khat.median()), _median_se(khat)),
+            "> 0.7": Number(share, math.sqrt(share * (1 - share) / len(khat))),
         }
 
     def _milliseconds(self, guide: Guide) -> Number:
@@ -258,7 +252,7 @@ class _Job:
             ):
                 gain = ours.values - theirs.values
                 se = float(gain.std() / math.sqrt(len(gain)))
-                row.values[f"difference of {column}"] = Number(float(gain.mean()), se)
+                row.values[f"Δ {column}"] = Number(float(gain.mean()), se)
 
     def sample_references(self) -> None:
         """NUTS on a few held-out data under every decoder, and every guide against its own decoder's."""
@@ -297,11 +291,25 @@ class _Job:
 
         o = self.outcome
         x = self.test[: self.settings.num_reference]
-        for title, rows in (("End to end", o.end_to_end), (f"One frozen decoder ({o.frozen_from})", o.frozen)):
-            self.say(table.to_rich(title, rows))
+        caption = f"{table.LEGEND} {no_density(o)}".strip()
+        self.say(table.to_rich("End to end: every guide trains its own decoder", o.end_to_end))
+        self.say(table.to_rich(f"Posteriors of one frozen decoder (of {o.frozen_from})", o.frozen, caption))
         (self.out / "comparison.json").write_text(json.dumps(o.to_dict(), indent=1, allow_nan=False))
         export.save(self.out / "posterior.nc", o.references[o.frozen_from], o.draws, {"x": x})
         write_report(o, self.test, self.out / "report.html")
+
+
+def _order(name: str) -> int:
+    """Variants of a guide stand beside it."""
+    return list(GUIDES).index(name.split(" ")[0])
+
+
+def no_density(outcome: Outcome) -> str:
+    """Why some cells have no bound, in words."""
+    names = [name for name, guide in outcome.guides.items() if not guide.traits.has_density]
+    if not names:
+        return ""
+    return f"{', '.join(names)}: draws without a density, trained on E_q log p(x,z), which is not a bound of log p(x)."
 
 
 def _median_se(values: Tensor, repeats: int = 200) -> float:

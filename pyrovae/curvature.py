@@ -140,7 +140,8 @@ class Curvature:
             else:
                 run = self._run(point)
                 structure = _structure(self.space, run, point)
-                value = self.beta * sum(run.latent) + sum(run.observed)
+                zero = u.new_zeros(())
+                value = self.beta * sum(run.latent, zero) + sum(run.observed, zero)
                 precision = self._closed(structure, run, point)
                 for name, parameters in structure.moving.items():
                     precision = precision + self._gauss_newton(run.sites_seen[name], parameters, point)

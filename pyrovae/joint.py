@@ -83,7 +83,7 @@ def inspect_model(
             continue
         other = twin.nodes[name]["fn"]
         support = simplify(fn.support, other.support, len(fn.event_shape))
-        unconstrained = _coordinates(name, fn)[len(fn.batch_shape) :]
+        unconstrained = _coordinates(name, fn, value)[len(fn.batch_shape) :]
         for frame in frames:
             if frame.size != frame.full_size:
                 raise PlateError(f"the inner plate {frame.name!r} is subsampled: only the data plate may be")
@@ -129,17 +129,17 @@ def _check_plates(nodes: dict[str, Any], plate: str) -> None:
         )
 
 
-def _coordinates(name: str, fn: Any) -> torch.Size:
+def _coordinates(name: str, fn: Any, value: Tensor) -> torch.Size:
     """Shape of a latent in unconstrained coordinates."""
     try:
         transform = biject_to(fn.support)
         shape = transform.inverse_shape(fn.shape())
-        zero = torch.zeros(shape)
+        zero = value.new_zeros(shape)
         transform.log_abs_det_jacobian(zero, transform(zero))
     except NotImplementedError as error:
         raise LatentError(
-            f"the support of site {name!r} ({_base_name(fn)}) has no coordinates in R^n with a Jacobian: reparameterise "
-            "the model (for covariances LKJCholesky and scales, for directions a normalised Normal)"
+            f"the support of site {name!r} ({_base_name(fn)}) has no coordinates in R^n with a Jacobian: "
+            "reparameterise the model (for covariances LKJCholesky and scales, for directions a normalised Normal)"
         ) from error
     return shape
 
@@ -294,7 +294,8 @@ def prior_draw(space: LatentSpace, rows: RowArguments, num_samples: int) -> Tens
         packed = []
         for args, kwargs in runs:
             nodes = _trace(space.model, args, kwargs).nodes
-            packed.append(pack(space.sites, {site.name: nodes[site.name]["value"] for site in space.sites}, joint=joint))
+            values = {site.name: nodes[site.name]["value"] for site in space.sites}
+            packed.append(pack(space.sites, values, joint=joint))
         return packed[0].view(times, source.size, -1) if folded else torch.stack(packed)
 
     with torch.no_grad(), evaluating(space.model):

@@ -29,7 +29,7 @@ from pyrovae.joint import evaluate, inspect_model, prior_draw, remaining_scales
 from pyrovae.plates import DataPlate, read_plate
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.sites import LatentSite, pack, to_constrained
-from pyrovae.store import fresh
+from pyrovae.store import fresh, isolated
 
 __all__ = ["LatentSpace", "LogJoint"]
 
@@ -120,13 +120,15 @@ class LatentSpace:
     def log_joint(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """log p(x, z) + log |det dz/du| per datum, `[..., B, D] -> [..., B]`, nats.
 
-        Masks, factors and a user's `poutine.scale` count; the plate's subsampling scale N/B does not.
+        Masks, factors and a user's `poutine.scale` count; the plate's subsampling scale N/B does not. Parameters that
+        modules own are not registered in Pyro's store (`bind` in a Pyro program does that).
         """
-        return self.bind(*args, **kwargs)(u)
+        with isolated():
+            return self.bind(*args, **kwargs)(u)
 
     def require_unit_scale(self, *args: Any, **kwargs: Any) -> None:
         """Raise `ScaleError` when a site keeps a scale other than 1 (importance weights would mean nothing)."""
-        with preserve_rng(), torch.no_grad(), evaluating(self.model):
+        with isolated(), preserve_rng(), torch.no_grad(), evaluating(self.model):
             for name, scale in remaining_scales(self.model, self.plate, args, kwargs).items():
                 if not math.isclose(scale, 1.0, rel_tol=1e-6):
                     raise ScaleError(
@@ -149,8 +151,8 @@ class LatentSpace:
         """Draws of the latents from the model's prior, `[S, B, D]`."""
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        bound = self.bind(*args, **kwargs)
-        return prior_draw(self, bound.rows, num_samples)
+        with isolated():
+            return prior_draw(self, self.bind(*args, **kwargs).rows, num_samples)
 
     def site_posteriors(self, guide_trace: Any) -> dict[str, Any]:
         """Each site's variational distribution in unconstrained coordinates, or None where there is no closed one.

@@ -14,7 +14,7 @@ from pyrovae.guides.base import Guide
 from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.runtime import seeded
 
-__all__ = ["GUIDES", "build_guide", "build_model", "hidden_width"]
+__all__ = ["FROZEN_EXTRAS", "GUIDES", "TUNED", "build_guide", "build_model", "hidden_width"]
 
 
 def hidden_width(pixels: int) -> int:
@@ -46,9 +46,16 @@ def _semi_amortized(vae: models.VAE, start: nn.Module | None) -> Guide:
 
 
 def _laplace(vae: models.VAE, start: nn.Module | None) -> Guide:
-    # The published schedule: it stops short of the mode, so the trained encoder keeps a say in where.
-    encoder = start if start is not None else _encoder(vae, vae.latent_dim)
-    return guides.Laplace(vae, encoder, num_steps=4, update="damped")
+    if start is None:
+        # The published schedule: it stops short of the mode, so the trained encoder keeps a say in where.
+        return guides.Laplace(vae, _encoder(vae, vae.latent_dim), num_steps=4, update="damped")
+    # Posteriors of small binary images span many linear pieces of the decoder: the curvature at one point is a noisy
+    # stand-in for its average.
+    return guides.Laplace(vae, start, num_steps=2, num_draws=8)
+
+
+def _laplace_at_mode(vae: models.VAE, start: nn.Module | None) -> Guide:
+    return guides.Laplace(vae, start, num_steps=4)
 
 
 def _mixture(vae: models.VAE, start: nn.Module | None) -> Guide:
@@ -68,10 +75,20 @@ GUIDES: dict[str, Callable[[models.VAE, nn.Module | None], Guide]] = {
 }
 
 
+FROZEN_EXTRAS: dict[str, Callable[[models.VAE, nn.Module | None], Guide]] = {
+    "amortized (tuned)": _amortized,
+    "laplace (at the mode)": _laplace_at_mode,
+}
+
+# Guides whose encoder is trained on the frozen decoder; a Laplace search needs only a start.
+TUNED = ("amortized (tuned)", "semi-amortized", "mixture")
+
+
 def build_guide(name: str, vae: models.VAE, seed: int, device: str, start: nn.Module | None = None) -> Guide:
     """A guide by name; with `start`, its encoder begins as a copy of that one."""
-    if name not in GUIDES:
+    recipes = {**GUIDES, **FROZEN_EXTRAS}
+    if name not in recipes:
         raise ValueError(f"unknown guide {name!r}: choose from {', '.join(GUIDES)}")
     with seeded(seed):
-        guide = GUIDES[name](vae, copy.deepcopy(start))
+        guide = recipes[name](vae, copy.deepcopy(start))
     return guide.to(torch.device(device))

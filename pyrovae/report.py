@@ -16,17 +16,17 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6875; --line: #e3e7eb; --accent: #0072B2; }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; }
 p { max-width: 74ch; margin: .5rem 0; }
 .lead { font-size: 1.08rem; }
 .soft { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+table { border-collapse: collapse; font-size: .82rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .36rem .55rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td { white-space: nowrap; } td.words { white-space: normal; min-width: 11rem; color: var(--soft); text-align: left; }
+td { white-space: nowrap; } td.words { color: var(--soft); }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .86rem; }

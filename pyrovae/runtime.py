@@ -57,12 +57,14 @@ def modules_of(*programs: Any) -> list[nn.Module]:
             visit(item.__self__)
         elif inspect.isfunction(item):
             names = inspect.getclosurevars(item)
-            for value in (*names.nonlocals.values(), *names.globals.values()):
+            for value in names.nonlocals.values():
+                visit(value)
+            for value in names.globals.values():
                 if isinstance(value, nn.Module) or inspect.isfunction(value) or isinstance(value, functools.partial):
                     visit(value)
         elif hasattr(item, "__dict__") and not isinstance(item, type | ModuleType):  # an object that holds its nets
             for value in vars(item).values():
-                if isinstance(value, nn.Module) or hasattr(value, "__dict__") and callable(value):
+                if isinstance(value, nn.Module) or (hasattr(value, "__dict__") and callable(value)):
                     visit(value)
 
     for program in programs:

@@ -236,7 +236,7 @@ class _Run:
 
         at, size = self.at, len(self.tensors[0])
         per_epoch = -(-size // self.batch_size)
-        total = min((n for n in (None if epochs is None else epochs * per_epoch, max_steps) if n is not None))
+        total = min(n for n in (None if epochs is None else epochs * per_epoch, max_steps) if n is not None)
         label = description or getattr(getattr(self.guide, "traits", None), "name", type(self.guide).__name__)
         beta = self._beta(max(0, at.step - 1))
         bar = tqdm(total=total, initial=at.step, desc=label, unit="step", disable=None if progress else True)

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
@@ -552,10 +553,11 @@ class Plain:
 
 
 def _programs() -> dict[str, tuple[Net, Callable[..., None]]]:
-    net, closed, plain, called = Net(), Net(), Plain(), Plain()
+    net, closed, held, plain, called = Net(), Net(), Plain(), Plain(), Plain()
     return {
         "method": (net, net.model),
         "closure": (closed, lambda x: closed.model(x)),
+        "closure over a plain object": (held.net, lambda x: held.model(x)),
         "conditioned": (net, poutine.condition(net.model, {"nothing": torch.zeros(())})),
         "plain object's method": (plain.net, plain.model),
         "plain callable": (called.net, called),
@@ -585,6 +587,34 @@ def test_construction_leaves_the_parameter_store_alone() -> None:
     pyro.param("other", torch.ones(1))
     LatentSpace(Net().model, X.float())
     assert set(pyro.get_param_store().keys()) == {"other"}
+
+
+class Scaled(PyroModule):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = PyroParam(torch.tensor(scale), constraint=constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, self.scale), obs=x)
+
+
+def test_evaluating_two_models_with_equal_names_changes_neither() -> None:
+    """Pyro copies a stored value over a `PyroParam` of the same name: the second model took the first one's scale."""
+    x, models = X[:, 0].float(), [Scaled(1.0), Scaled(2.0)]
+    for model, scale in zip(models, (1.0, 2.0), strict=True):
+        space = LatentSpace(model, x)
+        space.require_unit_scale(x)
+        space.prior(2, x)
+        u = torch.zeros(5, 1)
+        expected = log_normal(u[:, 0], 0.0, 1.0) + log_normal(x, 0.0, scale)
+        value = space.log_joint(u, x)
+        torch.testing.assert_close(value.detach(), expected)
+        assert model.scale.item() == pytest.approx(scale)
+        value.sum().backward()
+        assert model.scale_unconstrained.grad is not None
+    assert not list(pyro.get_param_store().keys())
 
 
 def test_trace_and_validation_of_the_caller_are_left_alone() -> None:

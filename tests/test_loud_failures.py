@@ -14,7 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor, nn
 
-from pyrovae import handlers
+from pyrovae import guides, handlers, models
 from pyrovae.errors import (
     BatchError,
     DataError,
@@ -25,10 +25,8 @@ from pyrovae.errors import (
     ScaleError,
 )
 from pyrovae.families import DiagonalNormal, FullRankNormal, LowRankNormal, MixtureOfNormals, get_family
-from pyrovae.guides import Amortized
 from pyrovae.latents import LatentSpace
 from pyrovae.losses.base import require_pair
-from pyrovae.models import VAE
 
 X = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 2.0], [0.1, 0.2], [0.9, -0.3]])
 
@@ -54,7 +52,7 @@ def test_missing_plate_lists_the_plates() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
-    with pytest.raises(PlateError, match=r"no plate 'data' \(plates found: 'rows' \(size 5\)\).*plate='other'.*plate=None"):
+    with pytest.raises(PlateError, match=r"no plate 'data' \(plates found: 'rows' \(size 5\)\).*'other'.*plate=None"):
         LatentSpace(model, X)
     assert LatentSpace(model, X, plate="rows").dim == 1
 
@@ -75,7 +73,7 @@ def test_latent_outside_the_plate() -> None:
             z = pyro.sample("z", dist.Normal(mu, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
-    with pytest.raises(PlateError, match=r"\['mu'\] lie outside the plate 'data'.*'data' \(size 5\).*poutine.condition"):
+    with pytest.raises(PlateError, match=r"\['mu'\] lie outside the plate 'data'.*\(size 5\).*poutine.condition"):
         LatentSpace(model, X)
 
 
@@ -101,7 +99,7 @@ def test_plate_that_draws_its_own_rows() -> None:
 
     with pytest.raises(PlateError, match=r"draws its own 2 of 5 rows.*pass the mini-batch.*subsample=idx"):
         LatentSpace(model, X)
-    guide = Amortized(model, nn.Linear(2, 2))
+    guide = guides.Amortized(model, nn.Linear(2, 2))
     with pytest.raises(PlateError, match="subsample=idx"):
         SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO()).step(X)
 
@@ -144,7 +142,8 @@ def test_observation_that_broadcasts_against_the_plate() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, :1])
 
-    assert LatentSpace(model, X[:1]).dim == 1
+    with pytest.raises(BatchError):
+        LatentSpace(model, X[:1])
     for rows in (2, 5):
         with pytest.raises(PlateError, match=r"'x' has batch shape.*to_event.*same shape"):
             LatentSpace(model, X[:rows])
@@ -163,7 +162,7 @@ def test_data_that_are_not_finite(value: float) -> None:
     with pytest.raises(DataError, match="'x' has 1 NaN or infinite"):
         space.log_joint(torch.zeros(5, 1), x=x)
     with pytest.raises(DataError, match="NaN or infinite"):
-        Amortized(good, nn.Linear(2, 2)).log_weights(3, x)
+        guides.Amortized(good, nn.Linear(2, 2)).log_weights(3, x)
 
 
 def test_grey_values_under_a_bernoulli() -> None:
@@ -173,11 +172,11 @@ def test_grey_values_under_a_bernoulli() -> None:
     for lead in ((), (3,)):
         with pytest.raises(DataError, match="binarise"):
             space.log_joint(torch.zeros(*lead, 5, 1), X.sigmoid())
-    vae = VAE(nn.Linear(1, 2), 1)
+    vae = models.VAE(nn.Linear(1, 2), 1)
     with pytest.raises(DataError, match="grey values.*binarise.*likelihood='gaussian'"):
         vae(X.sigmoid())
     with pytest.raises(DataError, match="binarise"):
-        Amortized(vae, nn.Linear(2, 2)).log_weights(2, X.sigmoid())
+        guides.Amortized(vae, nn.Linear(2, 2)).log_weights(2, X.sigmoid())
 
 
 def test_data_outside_the_support() -> None:
@@ -226,7 +225,7 @@ def test_masked_data_may_be_anything(how: str) -> None:
 
 
 def test_wrong_shape_of_the_data() -> None:
-    vae = VAE(nn.Linear(1, 2), 1, "gaussian")
+    vae = models.VAE(nn.Linear(1, 2), 1, "gaussian")
     with pytest.raises(DataError, match="data have shape .5, 3., but the decoder makes .2,. per datum"):
         vae(torch.zeros(5, 3))
 
@@ -280,7 +279,7 @@ def test_support_without_coordinates(fn: Any) -> None:
             m = pyro.sample("m", fn)
             pyro.sample("x", dist.Normal(m.flatten(1).sum(-1), 1.0), obs=x[:, 0])
 
-    with pytest.raises(LatentError, match=r"'m'.*support.*reparameterise"):
+    with pytest.raises(LatentError, match="support of site 'm'.*no coordinates in R.n.*reparameterise"):
         LatentSpace(model, X)
 
 
@@ -355,7 +354,7 @@ def test_importance_weights_refuse_a_scale(per_row: bool) -> None:
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
-    guide = Amortized(model, nn.Linear(2, 2))
+    guide = guides.Amortized(model, nn.Linear(2, 2))
     with pytest.raises(ScaleError, match="'z' has scale 0.5.*KL weight 1"):
         guide.log_weights(2, X)
     with pytest.raises(ScaleError, match="'z' has scale 0.5"):
@@ -363,7 +362,7 @@ def test_importance_weights_refuse_a_scale(per_row: bool) -> None:
 
 
 def test_importance_weights_refuse_a_kl_weight() -> None:
-    guide = Amortized(good, nn.Linear(2, 2))
+    guide = guides.Amortized(good, nn.Linear(2, 2))
     with handlers.anneal(0.5), pytest.raises(ScaleError, match="KL weight of 0.5: evaluate with 1"):
         guide.log_weights(2, X)
     assert guide.log_weights(2, X).shape == (2, 5)
@@ -378,8 +377,8 @@ def test_negative_kl_weight() -> None:
 # Guides
 
 
-def vae() -> VAE:
-    return VAE(nn.Linear(1, 2), 1, "gaussian")
+def vae() -> models.VAE:
+    return models.VAE(nn.Linear(1, 2), 1, "gaussian")
 
 
 def test_two_models_with_equal_names() -> None:
@@ -387,7 +386,7 @@ def test_two_models_with_equal_names() -> None:
 
     def train() -> None:
         model = vae()
-        svi = SVI(model, Amortized(model, nn.Linear(2, 2)), Adam({"lr": 1e-3}), Trace_ELBO())
+        svi = SVI(model, guides.Amortized(model, nn.Linear(2, 2)), Adam({"lr": 1e-3}), Trace_ELBO())
         svi.step(X)
         svi.step(X)
 
@@ -403,7 +402,7 @@ def test_two_models_with_equal_names() -> None:
 def test_evaluating_two_models_is_no_collision() -> None:
     for _ in range(2):
         model = vae()
-        guide = Amortized(model, nn.Linear(2, 2))
+        guide = guides.Amortized(model, nn.Linear(2, 2))
         guide.log_weights(2, X)
         guide.sample(2, X)
         guide.posterior(X)
@@ -418,7 +417,7 @@ def test_evaluating_two_models_is_no_collision() -> None:
     ],
 )
 def test_encoder_of_the_wrong_width(encoder: nn.Module, message: str) -> None:
-    guide = Amortized(good, encoder)
+    guide = guides.Amortized(good, encoder)
     for use in (guide.posterior, guide, lambda x: guide.sample(2, x)):
         with pytest.raises(ValueError, match=message):
             use(X)
@@ -426,7 +425,7 @@ def test_encoder_of_the_wrong_width(encoder: nn.Module, message: str) -> None:
 
 def test_guide_of_another_model() -> None:
     first, second = vae(), vae()
-    guide = Amortized(first, nn.Linear(2, 2))
+    guide = guides.Amortized(first, nn.Linear(2, 2))
     require_pair(first, guide, Trace_ELBO())
     with pytest.raises(IncompatibleError, match="Amortized was built for another model: build a guide"):
         require_pair(second, guide, Trace_ELBO())
@@ -434,12 +433,12 @@ def test_guide_of_another_model() -> None:
 
 def test_constant_posterior_needs_joint_mode() -> None:
     with pytest.raises(ValueError, match="plate=None, or an encoder"):
-        Amortized(good, None)
+        guides.Amortized(good, None)
 
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_no_samples(number: int) -> None:
-    guide, space = Amortized(good, nn.Linear(2, 2)), LatentSpace(good, X)
+    guide, space = guides.Amortized(good, nn.Linear(2, 2)), LatentSpace(good, X)
     uses: list[Callable[..., Any]] = [guide.sample, guide.log_weights, guide.draws, space.prior]
     for use in uses:
         with pytest.raises(ValueError, match=f"num_samples must be at least 1, got {number}"):
