@@ -68,9 +68,8 @@ class VAE(PyroModule):
         """sigma of the Gaussian likelihood: the floor plus exp(log_noise)."""
         return self.noise_floor + self.log_noise.exp()
 
-    def observation(self, parameters: Tensor) -> Any:
+    def observation(self, parameters: Tensor, event_dim: int) -> Any:
         """The likelihood at the decoder's output `[..., *event]`."""
-        event_dim = parameters.dim() - 1
         if self.likelihood == "bernoulli":
             return dist.Bernoulli(logits=parameters).to_event(event_dim)
         return dist.Normal(parameters, self.noise_scale).to_event(event_dim)
@@ -86,18 +85,13 @@ class VAE(PyroModule):
             parameters = self.decoder(flat)
             parameters = parameters.reshape(*z.shape[:-1], *parameters.shape[1:])
             if x is not None and x.shape[1:] != parameters.shape[z.dim() - 1 :]:
+                event = tuple(parameters.shape[z.dim() - 1 :])
                 raise DataError(
-                    f"the data have shape {tuple(x.shape)}, but the decoder makes {tuple(parameters.shape[z.dim() - 1:])} "
-                    "per datum: reshape one of them"
+                    f"the data have shape {tuple(x.shape)}, but the decoder makes {event} per datum: reshape one of them"
                 )
-            event_dim = parameters.dim() - z.dim() + 1
-            if self.likelihood == "bernoulli":
-                fn = dist.Bernoulli(logits=parameters).to_event(event_dim)
-                if x is not None and pyro.settings.get("validate_distributions_pyro"):
-                    check_binary(x)
-            else:
-                fn = dist.Normal(parameters, self.noise_scale).to_event(event_dim)
-            return pyro.sample("x", fn, obs=x)
+            if x is not None and self.likelihood == "bernoulli" and pyro.settings.get("validate_distributions_pyro"):
+                check_binary(x)
+            return pyro.sample("x", self.observation(parameters, parameters.dim() - z.dim() + 1), obs=x)
 
     def mean(self, z: Tensor) -> Tensor:
         """E[x | z], `[..., D] -> [..., *event]` (pixels in [0, 1] for Bernoulli)."""

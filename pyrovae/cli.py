@@ -21,13 +21,13 @@ def compare(
     data: Annotated[str, typer.Option(help="digits, mnist, or a path to an .npz with 'train' and 'test'")] = "digits",
     guides: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
     latent_dim: Annotated[int, typer.Option(min=1, help="latents per datum")] = 8,
-    epochs: Annotated[int, typer.Option(min=1, help="training epochs of every guide (5 with --quick)")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="training epochs of every guide (5 with --quick)")] = 60,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default for small nets")] = None,
-    out: Annotated[str, typer.Option(help="folder for the report, the numbers, draws and checkpoints")] = "runs/compare",
+    out: Annotated[str, typer.Option(help="folder for report, numbers, draws, checkpoints")] = "runs/compare",
     binarization: Annotated[str, typer.Option(help="static, dynamic or none (Gaussian likelihood)")] = "static",
-    quick: Annotated[bool, typer.Option("--quick", help="a small run that shows everything and proves nothing")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a small run: shows everything, proves nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the checkpoints in --out")] = False,
 ) -> None:
     """Train one model under each guide, hold all of them against NUTS, write a table and a report."""
@@ -37,8 +37,8 @@ def compare(
     from pyrovae.recipes import GUIDES
 
     console = Console()
-    if console.width < 120:  # the tables need the room; narrower terminals wrap lines instead of cells
-        console = Console(width=120)
+    if console.width < 140:  # the tables need the room; narrower terminals wrap lines instead of cells
+        console = Console(width=140)
     names = tuple(name.strip() for name in guides.split(",") if name.strip()) or tuple(GUIDES)
     try:
         settings = Settings(

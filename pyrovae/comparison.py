@@ -37,7 +37,7 @@ class Settings:
     data: str = "digits"
     guides: tuple[str, ...] = tuple(GUIDES)
     latent_dim: int = 8
-    epochs: int = 100
+    epochs: int = 60
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -116,7 +116,7 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     work = settings.batch_size * hidden_width(pixels) * pixels
     threads = runtime.threads(settings.threads, work=0 if pixels <= 256 else work)
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but this machine has no GPU that torch can use: pass --device cpu")
+        raise ValueError("this machine has no GPU that torch can use: pass --device cpu")
     likelihood = "gaussian" if settings.binarization == "none" else "bernoulli"
     train, test = images.train.to(settings.device), images.test.to(settings.device)
     if settings.quick:

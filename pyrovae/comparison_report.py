@@ -30,7 +30,8 @@ def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
         report.section(
             "Posteriors of one frozen decoder, against NUTS",
             report.figure(
-                plots.posterior(frozen.pooled, {n: o.draws[n] for n in o.settings.guides}, data=shown), "scatter of each guide's draws over NUTS draws"
+                plots.posterior(frozen.pooled, {name: o.draws[name] for name in o.settings.guides}, data=shown),
+                "scatter of each guide's draws over NUTS draws",
             ),
             report.paragraph(
                 "Grey: NUTS. Colour: the guide. Each row is one held-out datum, in the plane of the two latents that "

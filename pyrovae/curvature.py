@@ -133,7 +133,7 @@ class Curvature:
     def at(self, u: Tensor, *, create_graph: bool = False) -> Expansion:
         """The expansion at `u: [B, D]`; with `create_graph` everything in it can be differentiated."""
         with torch.enable_grad():
-            point = u if u.requires_grad else u.detach().requires_grad_()
+            point = u if create_graph and u.requires_grad else u.detach().requires_grad_()
             if self.space.enumerated:  # sites are mixed by the sum over discrete latents: the whole Hessian
                 value = self.log_joint(point, self.beta)
                 precision = -_hessian(lambda at: self.log_joint(at, self.beta).sum(), point)
@@ -250,7 +250,7 @@ class Curvature:
 
 
 def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Make symmetric matrices positive definite: eigenvalues become max(|eigenvalue|, floor) where any is below it.
+    """Where a symmetric matrix is not positive definite, replace its eigenvalues by max(|eigenvalue|, floor).
 
     Args:
         precision: `[B, D, D]`.
@@ -268,7 +268,10 @@ def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     symmetric = torch.where(finite[:, None, None], symmetric, torch.zeros_like(symmetric))
     with torch.no_grad():
         values, vectors = torch.linalg.eigh(symmetric)
-        lift = torch.where(floored[:, None], values.abs().clamp_min(floor) - values, torch.zeros_like(values))
+        size = values.abs()
+        # Below rounding error of the largest eigenvalue nothing would be positive definite after the product.
+        least = (1e3 * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)).clamp_min(floor)
+        lift = torch.where(floored[:, None], torch.maximum(size, least) - values, torch.zeros_like(values))
         correction = (vectors * lift.unsqueeze(-2)) @ vectors.mT
     return symmetric + correction, floored
 
@@ -279,7 +282,9 @@ def _jacobian(function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor) -> tu
     Forward mode, one tangent per latent dimension, the primal computed once.
     """
     tangents = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device).unsqueeze(1).expand(-1, *u.shape)
-    return torch.func.vmap(lambda tangent: torch.func.jvp(function, (u,), (tangent,))[1])(tangents)
+    columns = torch.func.vmap(lambda tangent: torch.func.jvp(function, (u,), (tangent,))[1])(tangents)
+    # Under vmap a Python number's tangent is a batched double and promotes what it meets.
+    return tuple(column.to(u.dtype) for column in columns)
 
 
 def _hessian(total: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ class Estimate:
         return float(self.values.std() / math.sqrt(len(self.values)))
 
     def __repr__(self) -> str:
-        return f"{self.name} ({self.kind}): {self.mean:.3f} +- {self.mean_se:.3f} nats per datum over {len(self.values)}"
+        mean = f"{self.mean:.3f} +- {self.mean_se:.3f} nats per datum"
+        return f"{self.name} ({self.kind}): {mean} over {len(self.values)} data"
 
     def _repr_html_(self) -> str:
         return f"<b>{self.name}</b> ({self.kind}): {self.mean:.3f} &plusmn; {self.mean_se:.3f} nats per datum"

@@ -96,7 +96,7 @@ def to_rich(title: str, rows: Sequence[Row], caption: str = "") -> Any:
     columns = columns_of(rows)
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column == "guide" else "right", overflow="fold")
+        table.add_column(column, justify="left" if column == "guide" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row, columns))
     return table

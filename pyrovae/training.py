@@ -282,8 +282,8 @@ class _Run:
         if not finite:
             pyro.infer.util.zero_grads(parameters)
             raise TrainingDiverged(
-                f"step {self.at.step}: {diagnose_nan(self.model, self.guide, rows, loss)}; the weights are those before "
-                "this step: lower the step size, clip gradients with max_norm, or bound the scale of that site"
+                f"step {self.at.step}: {diagnose_nan(self.model, self.guide, rows, loss)}; the weights are those "
+                "before this step: lower the step size, clip gradients with max_norm, or bound the scale of that site"
             )
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(sorted(parameters, key=lambda p: p.numel()), self.max_norm)
@@ -340,7 +340,8 @@ def _check(
     for tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError("the data contain NaN or infinite values: clean or mask them before training")
-    for name, value in (("batch_size", batch_size), ("epochs", epochs), ("max_steps", max_steps), ("patience", patience)):
+    counts = {"batch_size": batch_size, "epochs": epochs, "max_steps": max_steps, "patience": patience}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if patience is not None and validation is None:

@@ -80,8 +80,9 @@ def compare(
     usable = reference.usable
     if not usable.any():
         raise ReferenceRefused(
-            f"the reference did not mix for any of the {len(usable)} data (R-hat up to {float(reference.rhat.max()):.2f}):"
-            " its chains sit in different places, so it cannot judge a guide; run longer chains or use reference.exact"
+            f"the reference did not mix for any of the {len(usable)} data (R-hat up to "
+            f"{float(reference.rhat.max()):.2f}): its chains sit in different places, so it cannot judge a guide; run "
+            "longer chains or use reference.exact"
         )
     draws = per_chunk(
         lambda *a, **k: guide.draws(num_samples, *a, **k), (guide.model, guide), args, kwargs,

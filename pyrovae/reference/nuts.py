@@ -20,6 +20,7 @@ from pyrovae.batching import Batched
 from pyrovae.latents import LatentSpace
 from pyrovae.reference.posterior import Reference, status_of
 from pyrovae.runtime import evaluating, seeded
+from pyrovae.samplers.graph import differentiable_graph
 
 __all__ = ["nuts"]
 
@@ -62,8 +63,10 @@ def nuts(
         log_joint = space.bind(*args, **kwargs)
         start = _starts(space, init, num_chains, args, kwargs)
 
+        fast = differentiable_graph(log_joint, start[0])
+
         def potential(params: dict[str, Tensor]) -> Tensor:
-            return -log_joint(params["u"]).sum()
+            return -fast(params["u"]).sum()
 
         chains, divergences = [], 0
         for chain in range(num_chains):
@@ -88,7 +91,8 @@ def nuts(
     pooled = draws.double().flatten(0, 1)
     return Reference(
         kind="nuts", space=space, draws=draws, rhat=rhat, ess=ess, divergences=divergences, status=status,
-        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, seconds=time.perf_counter() - began, initial=start, lp=lp,
+        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, seconds=time.perf_counter() - began,
+        initial=start, lp=lp,
     )  # fmt: skip
 
 

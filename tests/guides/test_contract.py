@@ -41,7 +41,7 @@ def test_every_registered_guide_is_tested():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_shapes_and_dtypes(name, dtype, rows):
-    vae, guide = small(name, dtype)
+    _, guide = small(name, dtype)
     x = data(rows, dtype)
     assert guide.draws(7, x).shape == (7, rows, DIM)
     z = guide.sample(4, x)["z"]
@@ -59,7 +59,7 @@ def test_shapes_and_dtypes(name, dtype, rows):
 
 @every_guide
 def test_any_batch_size_on_the_same_guide(name):
-    vae, guide = small(name)
+    _, guide = small(name)
     for rows in (5, 2, 1, 7):
         assert guide.sample(2, data(rows))["z"].shape == (2, rows, DIM)
 
@@ -97,7 +97,7 @@ def test_stock_svi_trains_it(name):
 
 @every_guide
 def test_repeatable_under_a_seed_and_sensitive_to_it(name):
-    vae, guide = small(name)
+    _, guide = small(name)
     x = data(3)
     draws = []
     for seed in (0, 0, 1):

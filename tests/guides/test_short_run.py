@@ -1,0 +1,115 @@
+"""ShortRun: closed-form moments after K steps on a Gaussian posterior, for Langevin and HMC."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+
+from pyrovae import guides
+
+CHAINS = 400_000
+
+
+def gaussian(x):
+    """Posterior N(1, 1/10) for every datum with x = 10/9: prior N(0, 1), likelihood precision 9."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=x.dtype), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1 / 3).to_event(1), obs=x)
+
+
+X = torch.full((1, 1), 10 / 9, dtype=torch.double)
+
+
+def moments(guide):
+    torch.manual_seed(0)
+    draws = guide.draws(CHAINS, X).flatten()
+    return float(draws.mean()), float(draws.var())
+
+
+@pytest.mark.parametrize(("s", "mean", "var"), [(0.1, 0.6415, 0.2179), (0.2, 0.9885, 0.1112), (0.3, 1.0000, 0.1290)])
+def test_langevin_has_the_closed_form_moments(s, mean, var):
+    a = 1 - s**2 * 10 / 2
+    exact_mean, exact_var = 1 - a**20, a**40 + s**2 * (1 - a**40) / (1 - a**2)
+    assert exact_mean == pytest.approx(mean, abs=6e-5)  # the published table
+    assert exact_var == pytest.approx(var, abs=6e-5)
+    got_mean, got_var = moments(guides.ShortRun(gaussian, 20, s))
+    assert got_mean == pytest.approx(exact_mean, rel=0.01)
+    assert got_var == pytest.approx(exact_var, rel=0.01)
+
+
+@pytest.mark.parametrize(("step_size", "leapfrog", "steps"), [(0.1, 3, 4), (0.2, 5, 2), (0.3, 2, 10)])
+def test_hmc_has_the_closed_form_moments(step_size, leapfrog, steps):
+    """Leapfrog on a Gaussian is linear: (u, v) -> M (u, v); moments follow by iterating the map."""
+    e, lam = step_size, 10.0
+    kick = torch.tensor([[1.0, 0.0], [-0.5 * e * lam, 1.0]], dtype=torch.double)
+    drift = torch.tensor([[1.0, e], [0.0, 1.0]], dtype=torch.double)
+    m = torch.linalg.matrix_power(kick @ drift @ kick, leapfrog)
+    mean, var = -1.0, 1.0  # of u - 1 at the start, u ~ prior
+    for _ in range(steps):
+        mean, var = float(m[0, 0]) * mean, float(m[0, 0]) ** 2 * var + float(m[0, 1]) ** 2
+    got_mean, got_var = moments(guides.ShortRun(gaussian, steps, step_size, kernel="hmc", num_leapfrog=leapfrog))
+    se = (var / CHAINS) ** 0.5
+    assert got_mean == pytest.approx(1 + mean, abs=0.01 * abs(1 + mean) + 3 * se)
+    assert got_var == pytest.approx(var, rel=0.01)
+
+
+def test_schedule_temperature_and_initial_guide():
+    cold = guides.ShortRun(gaussian, 3, [0.3, 0.2, 0.1], temperature=0.0)
+    mean, var = moments(cold)
+    factor = (1 - 0.45) * (1 - 0.2) * (1 - 0.05)
+    assert mean == pytest.approx(1 - factor, rel=0.01)
+    assert var == pytest.approx(factor**2, rel=0.01)
+    base = guides.Amortized(gaussian, torch.nn.Linear(1, 2).double())
+    base.encoder.weight.data.zero_()
+    base.encoder.bias.data.copy_(torch.tensor([1.0, -2.302585]))  # the exact posterior N(1, 0.1)
+    started = guides.ShortRun(gaussian, 1, 1e-6, init=base)
+    mean, var = moments(started)
+    assert mean == pytest.approx(1.0, rel=0.01)
+    assert var == pytest.approx(0.1, rel=0.01)
+
+
+def test_sites_are_deltas_without_density_and_chains_differ_per_particle():
+    guide = guides.ShortRun(gaussian, 2, 0.1)
+    site = poutine.trace(guide).get_trace(X).nodes["z"]
+    assert isinstance(site["fn"], dist.Delta)
+    assert float(site["fn"].log_prob(site["value"])) == 0.0
+    with pyro.plate("particles", 6, dim=-2):
+        value = poutine.trace(guide).get_trace(X).nodes["z"]["value"]
+    assert value.shape == (6, 1, 1)
+    assert len(value.unique()) == 6
+
+
+def test_training_gradient_is_that_of_the_log_joint_at_the_draws():
+    torch.manual_seed(0)
+    from pyrovae.models import PPCA
+
+    model = PPCA(torch.randn(4, 2, dtype=torch.double), noise=0.5)
+    x = torch.randn(3, 4, dtype=torch.double)
+    guide = guides.ShortRun(model, 3, 0.1)
+    with pyro.get_param_store().scope():
+        torch.manual_seed(1)
+        Trace_ELBO().loss_and_grads(model, guide, x)
+    got = model.weight.grad.clone()
+    torch.manual_seed(1)
+    u = guide.draws(1, x)
+    (expected,) = torch.autograd.grad(-guide.space(x).log_joint(u, x).sum(), model.weight)
+    assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_steps": 0}, {"step_size": -0.1}, {"step_size": [0.1, 0.2]}, {"kernel": "gibbs"}, {"num_leapfrog": 0}],
+)
+def test_bad_options_raise(options):
+    with pytest.raises(ValueError, match=r"needs|must be"):
+        guides.ShortRun(gaussian, **options)
+
+
+def test_initial_guide_of_another_model_raises():
+    other = guides.Amortized(lambda x: gaussian(x), torch.nn.Linear(1, 2))
+    with pytest.raises(ValueError, match="same model"):
+        guides.ShortRun(gaussian, init=other)
