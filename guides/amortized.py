@@ -52,6 +52,9 @@ class Amortized(FamilyGuide):
         torch.Size([7, 3])
     """
 
+    traits = GuideTraits(name="Amortized", gaussian_sites=True, stratified=True)
+    encoder: nn.Module | None
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -73,17 +76,14 @@ class Amortized(FamilyGuide):
             gaussian_sites=not mixture,
             stratified=True,
         )
+        self.encoder = encoder
         if encoder is not None:
-            self.encoder = encoder
             return
         if plate is not None:
             raise ValueError(
                 "encoder=None learns one constant posterior, which only joint mode has: pass plate=None, or an encoder"
             )
-        self.encoder = None
         self.constant = nn.Parameter(constant_start(self, example))
-
-    traits = GuideTraits(name="Amortized", gaussian_sites=True, stratified=True)
 
     def _describe(self) -> str:
         family = self.family_spec if isinstance(self.family_spec, str) else getattr(self.family_spec, "__name__", "?")

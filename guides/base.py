@@ -29,7 +29,7 @@ from pyrovae.emission import emit
 from pyrovae.errors import NoDensityError, ScaleError
 from pyrovae.families import Family
 from pyrovae.latents import LatentSpace
-from pyrovae.runtime import evaluating, preserve_rng
+from pyrovae.runtime import evaluating, keep_frozen, preserve_rng
 
 __all__ = ["DensityGuide", "FamilyGuide", "Guide"]
 
@@ -78,8 +78,13 @@ class Guide(PyroModule):
         """Raise `ParameterCollision` when Pyro's store holds another model's tensor under one of our names."""
         if self._ledger is None:
             space, ledger = self.space(*args, **kwargs), store.Ledger()
+
+            def both() -> None:
+                self._program(space, args, kwargs)
+                self.model(*args, **kwargs)
+
             with preserve_rng(), torch.no_grad(), evaluating(self.model, self):
-                ledger.record(lambda: (self._program(space, args, kwargs), self.model(*args, **kwargs)))
+                ledger.record(both)
             self.__dict__["_ledger"] = ledger
         self._ledger.check(f"{type(self).__name__} or its model")
 
@@ -96,6 +101,12 @@ class Guide(PyroModule):
     @abstractmethod
     def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """`[S, B, D]`."""
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Run hooks for a caller outside any Pyro program: unseen by traces; store and flags stay as they were."""
+        with store.isolated(), poutine.block(), keep_frozen(self.model, self):
+            yield
 
     @contextmanager
     def in_program(self) -> Iterator[None]:
@@ -117,7 +128,7 @@ class Guide(PyroModule):
     def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """Draws in unconstrained coordinates, `[S, B, D]`."""
         _at_least_one(num_samples)
-        with store.isolated(), poutine.block():
+        with self._aside():
             return self._draws(num_samples, *args, **kwargs)
 
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -137,7 +148,7 @@ class DensityGuide(Guide):
         return lambda: emit(space, q)
 
     def posterior(self, *args: Any, **kwargs: Any) -> Any:
-        with store.isolated(), poutine.block():
+        with self._aside():
             return self._posterior(*args, **kwargs)
 
     def _weighted(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -168,7 +179,7 @@ class DensityGuide(Guide):
         _at_least_one(num_samples)
         if handlers.kl_weight() != 1.0:
             raise ScaleError(f"importance weights under a KL weight of {handlers.kl_weight():g}: evaluate with 1")
-        with store.isolated(), poutine.block():
+        with self._aside():
             self.space(*args, **kwargs).require_unit_scale(*args, **kwargs)
             return self._weighted(num_samples, *args, **kwargs)
 

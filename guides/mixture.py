@@ -11,7 +11,7 @@ it exactly (stratified sampling, as in Kim & Pavlovic 2020):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,26 +53,31 @@ class Mixture(FamilyGuide):
             self.logits = nn.Parameter(torch.zeros(len(components), dtype=_dtype(first)))
         self.__dict__["_family"] = None
 
+    @property
+    def parts(self) -> list[Amortized]:
+        """The component guides."""
+        return [cast(Amortized, guide) for guide in self.components]
+
     def _describe(self) -> str:
         return f"components={len(self.components)}, "
 
     def family(self, *args: Any, **kwargs: Any) -> Family:
         if self._family is None:
-            for guide in self.components:
+            for guide in self.parts:
                 if not isinstance(guide.family(*args, **kwargs), DiagonalNormal):
                     raise ValueError(f"a mixture takes components with family='diagonal', got {guide!r}")
             self.__dict__["_family"] = MixtureOfNormals(self.space(*args, **kwargs).dim, len(self.components))
         return self._family
 
     def lam(self, *args: Any, **kwargs: Any) -> Tensor:
-        parts = [guide.lam(*args, **kwargs) for guide in self.components]
+        parts = [guide.lam(*args, **kwargs) for guide in self.parts]
         dim = self.family(*args, **kwargs).dim
         locs = torch.cat([part[:, :dim] for part in parts], dim=-1)
         log_vars = torch.cat([part[:, dim:] for part in parts], dim=-1)
         if self.weights is None:
             logits = self.logits.expand(len(locs), -1)
         else:
-            logits = self.weights(self.components[0].encoder_input(*args, **kwargs))
+            logits = self.weights(self.parts[0].encoder_input(*args, **kwargs))
         return torch.cat([logits, locs, log_vars], dim=-1)
 
 

@@ -44,9 +44,26 @@ class PPCA(PyroModule):
         super().__init__()
         if weight.dim() != 2 or not noise > 0:
             raise ValueError("PPCA needs a weight of shape [X, D] and a positive noise scale")
-        self.weight = nn.Parameter(weight.detach().clone())
-        self.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach().clone())
-        self.log_noise = nn.Parameter(torch.log(weight.new_tensor(noise)))
+        start = weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
+        # In a plain module: Pyro would unfreeze parameters of the PyroModule itself.
+        self.parts = nn.ParameterDict(
+            {"weight": weight.detach().clone(), "bias": start, "log_noise": torch.log(weight.new_tensor(noise))}
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """W, `[X, D]`."""
+        return self.parts["weight"]
+
+    @property
+    def bias(self) -> Tensor:
+        """b, `[X]`."""
+        return self.parts["bias"]
+
+    @property
+    def log_noise(self) -> Tensor:
+        """log s, scalar."""
+        return self.parts["log_noise"]
 
     @property
     def latent_dim(self) -> int:

@@ -61,12 +61,13 @@ class VAE(PyroModule):
         like = next(decoder.parameters(), torch.zeros(()))
         self.register_buffer("origin", torch.zeros(latent_dim, dtype=like.dtype, device=like.device))
         if likelihood == "gaussian":
-            self.log_noise = nn.Parameter(torch.tensor(-1.0, dtype=like.dtype, device=like.device))
+            # In a plain module: Pyro would unfreeze a parameter of the PyroModule itself.
+            self.noise = nn.ParameterDict({"log": torch.tensor(-1.0, dtype=like.dtype, device=like.device)})
 
     @property
     def noise_scale(self) -> Tensor:
-        """sigma of the Gaussian likelihood: the floor plus exp(log_noise)."""
-        return self.noise_floor + self.log_noise.exp()
+        """sigma of the Gaussian likelihood: the floor plus a learned positive number."""
+        return self.noise_floor + self.noise["log"].exp()
 
     def observation(self, parameters: Tensor, event_dim: int) -> Any:
         """The likelihood at the decoder's output `[..., *event]`."""
@@ -87,7 +88,7 @@ class VAE(PyroModule):
             if x is not None and x.shape[1:] != parameters.shape[z.dim() - 1 :]:
                 event = tuple(parameters.shape[z.dim() - 1 :])
                 raise DataError(
-                    f"the data have shape {tuple(x.shape)}, but the decoder makes {event} per datum: reshape one of them"
+                    f"the data have shape {tuple(x.shape)}, but the decoder makes {event} per datum: reshape either"
                 )
             if x is not None and self.likelihood == "bernoulli" and pyro.settings.get("validate_distributions_pyro"):
                 check_binary(x)

@@ -110,22 +110,26 @@ def restore_modules(model: Any, guide: Any, state: dict[str, Any]) -> None:
     """Load a snapshot; store parameters must have been created by a first run.
 
     Raises:
-        CheckpointError: names or shapes differ: another architecture.
+        CheckpointError: names or shapes differ: another architecture. Nothing has been changed then.
     """
-    store = pyro.get_param_store()._params
-    try:
-        for name, module in _modules(model, guide).items():
-            module.load_state_dict(state["modules"][name])
-        if set(state["bare"]) - set(store):
-            raise KeyError(f"unknown parameters {sorted(set(state['bare']) - set(store))}")
-        with torch.no_grad():
-            for name, value in state["bare"].items():
-                store[name].copy_(value)
-    except (RuntimeError, KeyError) as error:
+    ours, theirs = _shapes(snapshot_modules(model, guide)), _shapes(state)
+    differing = sorted({name for name, _ in ours ^ theirs})
+    if differing:
         raise CheckpointError(
-            f"the checkpoint belongs to another architecture ({error}): build the same model and guide, or pass "
-            "another path"
-        ) from error
+            f"the checkpoint belongs to another architecture (differing: {', '.join(differing[:5])}): build the same "
+            "model and guide, or pass another path"
+        )
+    for name, module in _modules(model, guide).items():
+        module.load_state_dict(state["modules"][name])
+    with torch.no_grad():
+        for name, value in state["bare"].items():
+            pyro.get_param_store()._params[name].copy_(value)
+
+
+def _shapes(state: dict[str, Any]) -> set[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of everything in a snapshot."""
+    parts = {**state["modules"], "param": state["bare"]}
+    return {(f"{part}.{name}", tuple(v.shape)) for part, values in parts.items() for name, v in values.items()}
 
 
 def _names(model: Any, guide: Any) -> dict[int, str]:
@@ -138,9 +142,10 @@ def _names(model: Any, guide: Any) -> dict[int, str]:
 
 def snapshot_optimizer(optimizer: Any, model: Any, guide: Any) -> dict[str, Any]:
     """State of a Pyro optimiser (schedulers included), keyed by state-dict names."""
-    by_store, names = optimizer.get_state(), _names(model, guide)
-    store = pyro.get_param_store()
-    return {names[id(parameter)]: by_store[store.param_name(parameter)] for parameter in optimizer.optim_objs}
+    # State that was restored but not yet applied (no step since) counts as well.
+    by_store = {**optimizer._state_waiting_to_be_consumed, **optimizer.get_state()}
+    names, params = _names(model, guide), pyro.get_param_store()._params
+    return {names[id(params[name])]: state for name, state in by_store.items()}
 
 
 def restore_optimizer(optimizer: Any, model: Any, guide: Any, state: dict[str, Any]) -> None:

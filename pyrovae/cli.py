@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -43,7 +43,7 @@ def compare(
     try:
         settings = Settings(
             data=data, guides=names, latent_dim=latent_dim, epochs=min(epochs, 5) if quick else epochs, seed=seed,
-            device=device, threads=threads, out=out, quick=quick, binarization=binarization,
+            device=device, threads=threads, out=out, quick=quick, binarization=cast(Any, binarization),
             num_samples=200 if quick else 1000, resume=resume,
         )  # fmt: skip
         run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))

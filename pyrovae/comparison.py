@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import diagnose, evidence, reference, runtime, table
+from pyrovae.data.images import Binarization
 from pyrovae.guides.base import Guide
 from pyrovae.models import VAE
 from pyrovae.provenance import Provenance
@@ -43,7 +44,7 @@ class Settings:
     threads: int | None = None
     out: str = "runs/compare"
     quick: bool = False
-    binarization: str = "static"
+    binarization: Binarization = "static"
     batch_size: int = 100
     learning_rate: float = 1e-3
     num_samples: int = 1000
@@ -63,7 +64,7 @@ class Settings:
         return max(1, self.epochs // 6)
 
     @property
-    def nuts(self) -> dict[str, int]:
+    def nuts(self) -> dict[str, Any]:
         return {"num_samples": 100, "warmup": 100} if self.quick else {"num_samples": 500, "warmup": 200}
 
 

@@ -35,7 +35,7 @@ def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
             ),
             report.paragraph(
                 "Grey: NUTS. Colour: the guide. Each row is one held-out datum, in the plane of the two latents that "
-                "NUTS finds most correlated.", "soft",
+                "NUTS finds most correlated; ellipses at two standard deviations, dark for NUTS.", "soft",
             ),
         ),
         report.section(

@@ -14,8 +14,12 @@ from pyrovae.runtime import preserve_rng
 __all__ = ["diagnose_nan"]
 
 
-def diagnose_nan(model: Any, guide: Any, rows: tuple[Tensor, ...], loss: float) -> str:
-    """A phrase that names the first site, in program order, with a non-finite value, parameter or log-density."""
+def diagnose_nan(model: Any, guide: Any, rows: tuple[Tensor, ...], loss: float, gradients: list[str]) -> str:
+    """A phrase that names the first site, in program order, with a non-finite value, parameter or log-density.
+
+    Args:
+        gradients: names of the parameters whose gradient is not finite.
+    """
     with preserve_rng(), torch.no_grad(), poutine.block():
         try:
             guide_trace = poutine.trace(guide).get_trace(*rows)
@@ -25,7 +29,7 @@ def diagnose_nan(model: Any, guide: Any, rows: tuple[Tensor, ...], loss: float) 
                 found = _first_bad(poutine.trace(replayed).get_trace(*rows), "model")
         except (ValueError, RuntimeError) as error:  # validation stops at the same fault: its words name the site
             found = f"the programs raise {str(error).splitlines()[0]!r}"
-    what = "the loss is not finite" if not math.isfinite(loss) else "a gradient is not finite"
+    what = "the loss is not finite" if not math.isfinite(loss) else f"the gradient of {gradients[0]!r} is not finite"
     return f"{what} ({found or 'every site is finite when run again: a rare draw'})"
 
 

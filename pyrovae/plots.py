@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ def posterior(
 ) -> Figure:
     """Guides' draws over a reference's in the plane of two latents, one row of panels per datum.
 
+    Ellipses at two standard deviations: dark for the reference, coloured for the guide.
+
     Args:
         reference: `[T, B, D]`.
         guides: name -> `[S, B, D]`.
@@ -44,6 +47,8 @@ def posterior(
             axis, mine = axes[row, column], draws[:, datum].double()
             axis.scatter(*_thin(truth, i, j), s=5, color=_TRUTH, alpha=0.35, linewidths=0, label="reference")
             axis.scatter(*_thin(mine, i, j), s=5, color=COLORS[column % len(COLORS)], alpha=0.35, linewidths=0)
+            axis.add_patch(_ellipse(truth[:, [i, j]], "#222222"))
+            axis.add_patch(_ellipse(mine[:, [i, j]], COLORS[column % len(COLORS)]))
             axis.set_xlabel(f"$u_{{{i}}}$", labelpad=1)
             axis.tick_params(labelsize=7)
             if row == 0:
@@ -53,12 +58,23 @@ def posterior(
     return figure
 
 
+def _ellipse(draws: Tensor, color: str) -> Any:
+    """Two standard deviations of draws `[S, 2]`."""
+    from matplotlib.patches import Ellipse
+
+    values, vectors = torch.linalg.eigh(torch.cov(draws.T).cpu())
+    width, height = (4 * values.clamp_min(0).sqrt()).tolist()
+    angle = math.degrees(math.atan2(float(vectors[1, 0]), float(vectors[0, 0])))
+    center = (float(draws[:, 0].mean()), float(draws[:, 1].mean()))
+    return Ellipse(center, width, height, angle=angle, fill=False, edgecolor=color, linewidth=1.3)
+
+
 def _correlated(draws: Tensor) -> tuple[int, int]:
     if draws.shape[1] == 1:
         return 0, 0
     correlation = torch.corrcoef(draws.T).abs().nan_to_num()
     correlation.fill_diagonal_(-1.0)
-    return divmod(int(correlation.argmax()), draws.shape[1])  # type: ignore[return-value]  # divmod of ints
+    return divmod(int(correlation.argmax()), draws.shape[1])
 
 
 def _thin(draws: Tensor, i: int, j: int, number: int = 600) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def build_model(pixels: int, latent_dim: int, likelihood: Any, seed: int, device
 
 
 def _encoder(vae: models.VAE, outputs: int) -> nn.Module:
-    pixels = vae.decoder.event_shape.numel()
+    pixels = cast(LinearHeadDecoder, vae.decoder).event_shape.numel()
     width = hidden_width(pixels)
     return MLP([pixels, width, width, outputs])
 

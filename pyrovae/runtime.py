@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "modules_of", "preserve_rng", "seeded", "threads"]
+__all__ = ["evaluating", "keep_frozen", "modules_of", "preserve_rng", "seeded", "threads"]
 
 _SMALL_WORK = 1_000_000  # multiply-adds per row-batch below which a second thread only costs
 
@@ -74,15 +74,28 @@ def modules_of(*programs: Any) -> list[nn.Module]:
 
 @contextmanager
 def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Put every module the programs run into `eval()`, and give each submodule its own flag back afterwards."""
-    flags = {module: module.training for root in modules_of(*programs) for module in root.modules()}
+    """Put every module the programs run into `eval()`; training and `requires_grad` flags come back afterwards."""
+    roots = modules_of(*programs)
+    flags = {module: module.training for root in roots for module in root.modules()}
+    with keep_frozen(*roots):
+        try:
+            for module in flags:
+                module.training = False
+            yield
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+
+@contextmanager
+def keep_frozen(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Give `requires_grad` flags back: registering a parameter in Pyro's store switches it on."""
+    frozen = [p for root in modules_of(*programs) for p in root.parameters() if not p.requires_grad]
     try:
-        for module in flags:
-            module.training = False
         yield
     finally:
-        for module, flag in flags.items():
-            module.training = flag
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

@@ -26,9 +26,12 @@ __all__ = ["Ledger", "fresh", "isolated"]
 
 @contextmanager
 def fresh() -> Iterator[dict[str, Any]]:
-    """An empty parameter store; the caller's comes back afterwards."""
+    """An empty parameter store; the caller's comes back afterwards, and `state` holds what was in this one."""
     with pyro.get_param_store().scope() as state:
-        yield state
+        try:
+            yield state
+        finally:  # after an error, too
+            state.update(pyro.get_param_store().get_state())
 
 
 @contextmanager

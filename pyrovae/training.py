@@ -7,7 +7,9 @@ and checkpoints from which a resumed run equals an unbroken one.
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +20,16 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from pyrovae import checkpoint as ckpt
 from pyrovae import handlers, losses, noise, store
 from pyrovae.compat import require_compatible
 from pyrovae.diverged import diagnose_nan
-from pyrovae.errors import CheckpointError, DataError, ParameterCollision, TrainingDiverged
-from pyrovae.runtime import evaluating, preserve_rng, seeded
+from pyrovae.errors import CheckpointError, DataError, ParameterCollision, PlateError, TrainingDiverged
+from pyrovae.plates import read_plate
+from pyrovae.runtime import evaluating, modules_of, preserve_rng, seeded
 
 __all__ = ["FitResult", "fit"]
 
@@ -39,7 +43,7 @@ class FitResult:
         steps, epochs: taken in all, resumed ones included.
         curve: `[epochs]`, mean training objective of each epoch, nats per datum.
         validation: `[evaluations]` of (epoch, held-out objective), nats per datum.
-        best_epoch: epoch whose weights were kept (early stopping), else the last one.
+        best_epoch: epoch whose weights were kept: the best held-out one with `patience`, else the last one.
         kl_weight: weight of the KL at the last step.
         seconds: of this call.
         state: the parameter store's state after training.
@@ -106,11 +110,13 @@ def fit(
     Args:
         data: a tensor `[N, ...]` or a tuple of them; rows are mini-batched and passed as positional arguments.
         loss: a Pyro loss; by default the ELBO (stratified for mixtures, E_q log p(x,z) for guides without density).
-        optimizer: a `pyro.optim` optimiser or scheduler; Adam with step 1e-3 by default. It must be a fresh one.
+        optimizer: a `pyro.optim` optimiser or scheduler; Adam with step 1e-3 by default. It must be a fresh one. A
+            scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training objective).
         epochs, max_steps: when to stop; with both, whichever comes first. Default 50 epochs.
         transform: applied to the first tensor of every training batch (dynamic binarisation).
-        kl_weight: a number, or a schedule over steps; its final value is recorded.
-        validation: held-out data, evaluated after every epoch with fixed noise.
+        kl_weight: a number, or a schedule over steps; its final value is recorded, and a run that ends before its
+            schedule warns.
+        validation: held-out data, evaluated after every epoch at KL weight 1 with fixed noise.
         patience: stop after so many epochs without a better held-out objective and keep the best weights; not
             before a KL schedule has ended.
         max_norm: clip the norm of the whole gradient.
@@ -125,37 +131,45 @@ def fit(
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite; names the site and the step, weights are those before it.
-        CheckpointError: the checkpoint is truncated, or of another architecture, data set or seed.
+        CheckpointError: the checkpoint is truncated, or of another architecture, data set, seed or frozen weights.
         ParameterCollision: a bare parameter's name is taken in the caller's store.
         IncompatibleError: model, guide and loss do not go together.
     """
     tensors = data if isinstance(data, tuple) else (data,)
-    _check(tensors, batch_size, epochs, max_steps, patience, validation)
+    held_out = validation if validation is None or isinstance(validation, tuple) else (validation,)
+    _check(tensors, held_out, kl_weight, max_norm, checkpoint, {
+        "batch_size": batch_size, "epochs": epochs, "max_steps": max_steps, "patience": patience,
+        "checkpoint_every": checkpoint_every,
+    })  # fmt: skip
     loss = default_loss(guide) if loss is None else loss
     require_compatible(model, guide, loss)
     optimizer = pyro.optim.Adam({"lr": 1e-3}) if optimizer is None else optimizer
+    if optimizer.optim_objs:
+        raise ValueError("the optimiser has stepped parameters before: pass a fresh one")
     epochs = 50 if epochs is None and max_steps is None else epochs
     began = time.perf_counter()
     outer = pyro.get_param_store()._params.copy()
-    with seeded(seed), store.fresh() as state:
-        run = _Run(model, guide, tensors, loss, optimizer, batch_size, transform, kl_weight, max_norm)
-        run.create_parameters(outer)
-        path = Path(checkpoint) if checkpoint is not None else None
-        identity = {"data": ckpt.fingerprint(tensors), "batch_size": batch_size, "seed": -1 if seed is None else seed}
-        if path is not None and resume and path.exists():
-            run.restore(ckpt.load(path), identity, path)
-        final = run.loop(epochs, max_steps, validation, patience, path, checkpoint_every, identity, progress,
-                         description)  # fmt: skip
-        state.update(pyro.get_param_store().get_state())
-    for name in run.bare:
-        pyro.get_param_store()._params[name] = state["params"][name]
-        pyro.get_param_store()._constraints[name] = state["constraints"][name]
-        pyro.get_param_store()._param_to_name[state["params"][name]] = name
+    run = _Run(model, guide, tensors, loss, optimizer, batch_size, transform, kl_weight, max_norm)
+    path = Path(checkpoint) if checkpoint is not None else None
+    state: dict[str, Any] = {}
+    try:
+        with seeded(seed), store.fresh() as state:
+            run.create_parameters(outer)
+            identity = run.identity(seed) if path is not None else {}
+            if path is not None and resume and path.exists():
+                run.restore(ckpt.load(path), identity, path)
+            final = run.loop(epochs, max_steps, held_out, patience, path, checkpoint_every, identity, progress,
+                             description)  # fmt: skip
+    finally:  # a run that was stopped hands back what it has
+        for name in run.bare:
+            pyro.get_param_store()._params[name] = state["params"][name]
+            pyro.get_param_store()._constraints[name] = state["constraints"][name]
+            pyro.get_param_store()._param_to_name[state["params"][name]] = name
     where = run.at
     return FitResult(
         objective=run.objective, steps=where.step, epochs=where.epoch, curve=where.curve,
-        validation=where.validation, best_epoch=where.best_epoch or where.epoch, kl_weight=final,
-        seconds=time.perf_counter() - began, state=state,
+        validation=where.validation, best_epoch=where.best_epoch if where.best_state is not None else where.epoch,
+        kl_weight=final, seconds=time.perf_counter() - began, state=state,
     )  # fmt: skip
 
 
@@ -181,30 +195,58 @@ class _Run:
         self.svi = SVI(model, guide, optimizer, loss)
         self.at = _Progress()
         self.bare: list[str] = []
+        self.buffers = [b for module in modules_of(model, guide) for b in module.buffers(recurse=False)]
+        self.joint = getattr(guide, "plate", "data") is None
+        if self.joint and batch_size < len(tensors[0]):
+            raise ValueError(
+                f"a guide with plate=None takes all data as one datum: pass batch_size={len(tensors[0])} or more"
+            )
 
     @property
     def objective(self) -> str:
-        return str(getattr(self.loss, "name", "ELBO"))
+        """The name of what is maximised; a guide without density never has an ELBO."""
+        traits = getattr(self.guide, "traits", None)
+        if traits is not None and not traits.has_density:
+            return losses.ExpectedLogJoint.traits.name
+        kind = type(self.loss).__name__
+        return str(getattr(self.loss, "name", "ELBO" if kind.endswith("_ELBO") else kind))
+
+    def identity(self, seed: int | None) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues it."""
+        modules = modules_of(self.model, self.guide)
+        frozen = [p for module in modules for p in module.parameters(recurse=False) if not p.requires_grad]
+        return {
+            "data": ckpt.fingerprint(self.tensors), "batch_size": self.batch_size,
+            "seed": -1 if seed is None else seed, "set_of_frozen_weights": ckpt.fingerprint(frozen),
+        }  # fmt: skip
 
     def create_parameters(self, outer: dict[str, Tensor]) -> None:
         """A first run of both programs makes every parameter; names taken outside are refused before training."""
-        rows = tuple(tensor[: self.batch_size] for tensor in self.tensors)
+        # Pyro's store switches requires_grad on for a PyroModule's own parameters; `evaluating` gives the flags back,
+        # so what the caller froze stays frozen.
         with preserve_rng(), torch.no_grad(), poutine.block(), evaluating(self.model, self.guide):
+            rows = self._batch(slice(0, self.batch_size))
             self.guide(*rows)
             self.model(*rows)
         modules = [part for part in (self.model, self.guide) if isinstance(part, torch.nn.Module)]
         owned = {id(p) for module in modules for p in module.parameters()}
-        self.bare = [
+        bare = [
             name
             for name, value in pyro.get_param_store()._params.items()
             if id(value) not in owned and not isinstance(value, torch.nn.Parameter)
         ]
-        taken = [name for name in self.bare if name in outer]
+        taken = [name for name in bare if name in outer]
         if taken:
             raise ParameterCollision(
                 f"the parameters {taken} are taken in Pyro's store, so training could not hand them back: call "
                 "pyro.clear_param_store() first, or rename them"
             )
+        self.bare = bare
+
+    def _batch(self, index: Tensor | slice) -> tuple[Tensor, ...]:
+        """Rows of the training data, transformed."""
+        first, *rest = (tensor[index] for tensor in self.tensors)
+        return (first if self.transform is None else self.transform(first), *rest)
 
     def restore(self, content: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
         for key, value in identity.items():
@@ -228,8 +270,8 @@ class _Run:
         })  # fmt: skip
 
     def loop(
-        self, epochs: int | None, max_steps: int | None, validation: Any, patience: int | None, path: Path | None,
-        every: int | None, identity: dict[str, Any], progress: bool, description: str | None,
+        self, epochs: int | None, max_steps: int | None, held_out: tuple[Tensor, ...] | None, patience: int | None,
+        path: Path | None, every: int | None, identity: dict[str, Any], progress: bool, description: str | None,
     ) -> float:  # fmt: skip
         """Train to the end; returns the last KL weight."""
         from tqdm.auto import tqdm
@@ -239,6 +281,11 @@ class _Run:
         total = min(n for n in (None if epochs is None else epochs * per_epoch, max_steps) if n is not None)
         label = description or getattr(getattr(self.guide, "traits", None), "name", type(self.guide).__name__)
         beta = self._beta(max(0, at.step - 1))
+        if isinstance(self.kl_weight, handlers.LinearSchedule) and total < self.kl_weight.steps:
+            warnings.warn(
+                f"the KL schedule takes {self.kl_weight.steps} steps but training stops at step {total}, with a KL "
+                f"weight of {self._beta(total - 1):g}: train longer or shorten the schedule", stacklevel=3,
+            )  # fmt: skip
         bar = tqdm(total=total, initial=at.step, desc=label, unit="step", disable=None if progress else True)
         with bar:
             while at.step < total and not self._stopped(patience):
@@ -251,7 +298,7 @@ class _Run:
                 at.position += len(index)
                 bar.update()
                 if at.position >= size:
-                    self._end_epoch(size, validation, patience)
+                    self._end_epoch(size, held_out, patience)
                     bar.set_postfix_str(f"{self.objective} {at.curve[-1]:.2f} nats/datum")
                     if path is not None:
                         self.save(path, identity)
@@ -271,44 +318,57 @@ class _Run:
 
     def _step(self, index: Tensor, beta: float) -> float:
         """`svi.step`, with a look at the numbers before the optimiser moves; returns the loss summed over rows."""
-        rows = tuple(tensor[index] for tensor in self.tensors)
-        if self.transform is not None:
-            rows = (self.transform(rows[0]), *rows[1:])
+        rows = self._batch(index)
+        buffers = [buffer.clone() for buffer in self.buffers]
         with handlers.anneal(beta), poutine.trace(param_only=True) as capture:
             loss = float(self.svi.loss_and_grads(self.model, self.guide, *rows))
-        parameters = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        finite = torch.isfinite(torch.tensor(loss)) and all(torch.isfinite(g).all() for g in gradients)
-        if not finite:
+        # One entry per tensor, in the order of the programs: a set's order would change the rounding of the norm.
+        named = {site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()}
+        parameters = list(named)
+        bad = [name for p, name in named.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        if bad or not math.isfinite(loss):
             pyro.infer.util.zero_grads(parameters)
+            cause = diagnose_nan(self.model, self.guide, rows, loss, bad)
+            for buffer, value in zip(self.buffers, buffers, strict=True):
+                buffer.copy_(value)
             raise TrainingDiverged(
-                f"step {self.at.step}: {diagnose_nan(self.model, self.guide, rows, loss)}; the weights are those "
-                "before this step: lower the step size, clip gradients with max_norm, or bound the scale of that site"
+                f"step {self.at.step}: {cause}; the weights are those before this step: lower the step size, clip "
+                "gradients with max_norm, or bound the scale of that site"
             )
         if self.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(sorted(parameters, key=lambda p: p.numel()), self.max_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self.optimizer(parameters)
         pyro.infer.util.zero_grads(parameters)
         return loss * self._rows_over_data(rows)
 
     def _rows_over_data(self, rows: tuple[Tensor, ...]) -> float:
         """B / N of the data plate: the curve is in nats per datum whatever the plate's scale."""
-        if getattr(self.guide, "space", None) is None:
+        if self.joint:
             return 1.0
-        plate = self.guide.space(*rows).read_plate(*rows)
-        return 1.0 if plate is None else plate.size / plate.full_size
+        try:
+            plate = read_plate(self.model, getattr(self.guide, "plate", "data"), rows, {})
+        except PlateError:  # a stock guide's model may do without; then nothing is scaled by N / B
+            return 1.0
+        return plate.size / plate.full_size
 
-    def _end_epoch(self, size: int, validation: Any, patience: int | None) -> None:
+    def _end_epoch(self, size: int, held_out: tuple[Tensor, ...] | None, patience: int | None) -> None:
         at = self.at
-        at.curve.append(at.epoch_sum / size)
+        at.curve.append(at.epoch_sum / (1 if self.joint else size))
         at.epoch, at.position = at.epoch + 1, 0
-        if validation is None:
-            return
-        held_out = validation if isinstance(validation, tuple) else (validation,)
-        value = self._evaluate(held_out)
-        at.validation.append((at.epoch, value))
+        if held_out is not None:
+            at.validation.append((at.epoch, self._evaluate(held_out)))
+        latest = at.curve[-1] if held_out is None else at.validation[-1][1]
+        if isinstance(self.optimizer, PyroLRScheduler):
+            plateau = self.optimizer.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
+            self.optimizer.step(*[-latest] if plateau else [])
+        if held_out is not None:
+            self._watch(latest, patience)
+
+    def _watch(self, value: float, patience: int | None) -> None:
+        """Early stopping."""
+        at = self.at
         if isinstance(self.kl_weight, handlers.LinearSchedule) and at.step < self.kl_weight.steps:
-            return  # objectives under different KL weights do not compare
+            return  # the model is still moving towards the objective it will be judged by
         if value > at.best:
             at.best, at.best_epoch, at.waited = value, at.epoch, 0
             if patience is not None:
@@ -317,8 +377,12 @@ class _Run:
             at.waited += 1
 
     def _evaluate(self, held_out: tuple[Tensor, ...]) -> float:
-        """Held-out objective at the present KL weight's end, nats per datum, with noise fixed by datum."""
+        """Held-out objective at KL weight 1, nats per datum, with the same noise every time."""
         size, total = len(held_out[0]), 0.0
+        if self.joint:
+            with torch.no_grad(), preserve_rng(), evaluating(self.model, self.guide), noise.per_datum(0, [0]):
+                torch.manual_seed(0)
+                return -float(self.loss.loss(self.model, self.guide, *held_out))
         with torch.no_grad(), preserve_rng(), evaluating(self.model, self.guide):
             torch.manual_seed(0)
             for start in range(0, size, self.batch_size):
@@ -329,20 +393,27 @@ class _Run:
 
 
 def _check(
-    tensors: tuple[Tensor, ...], batch_size: int, epochs: int | None, max_steps: int | None, patience: int | None,
-    validation: Any,
+    data: tuple[Tensor, ...], held_out: tuple[Tensor, ...] | None, kl_weight: Any, max_norm: float | None,
+    checkpoint: Any, counts: dict[str, int | None],
 ) -> None:  # fmt: skip
-    if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
-        raise TypeError("data must be a tensor [N, ...] or a tuple of such tensors")
-    sizes = {len(t) for t in tensors}
-    if len(sizes) != 1 or 0 in sizes:
-        raise DataError(f"the data tensors must have the same, positive number of rows, got {sorted(sizes)}")
-    for tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DataError("the data contain NaN or infinite values: clean or mask them before training")
-    counts = {"batch_size": batch_size, "epochs": epochs, "max_steps": max_steps, "patience": patience}
+    for what, tensors in {"data": data, "validation": held_out}.items():
+        if tensors is None:
+            continue
+        if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
+            raise TypeError(f"{what} must be a tensor [N, ...] or a tuple of such tensors")
+        sizes = {len(t) for t in tensors}
+        if len(sizes) != 1 or 0 in sizes:
+            raise DataError(f"the {what} tensors must have the same, positive number of rows, got {sorted(sizes)}")
+        if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in tensors):
+            raise DataError(f"{what} has NaN or infinite values: clean or mask them before training")
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if patience is not None and validation is None:
+    if counts["patience"] is not None and held_out is None:
         raise ValueError("patience needs held-out data: pass validation=...")
+    if counts["checkpoint_every"] is not None and checkpoint is None:
+        raise ValueError("checkpoint_every needs a file to write: pass checkpoint=...")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    if not isinstance(kl_weight, int | float | handlers.LinearSchedule):
+        raise TypeError(f"kl_weight must be a number or a handlers.LinearSchedule, got {type(kl_weight).__name__}")

@@ -66,6 +66,6 @@ def differentiable_graph(log_density: LogDensity, u: Tensor) -> Callable[[Tensor
                 return log_density
 
     def fast(point: Tensor) -> Tensor:
-        return _ValueWithGradient.apply(point, graph)  # type: ignore[no-any-return]  # autograd.Function is untyped
+        return _ValueWithGradient.apply(point, graph)
 
     return fast

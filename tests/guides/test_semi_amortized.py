@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import pyro
 import pytest
 import torch
 from bench import problems
 from pyro.infer import SVI, Trace_ELBO
 
-import pyro
 from pyrovae import guides
 from pyrovae.models import VAE
 from pyrovae.nets import MLP, LinearHeadDecoder
@@ -85,7 +85,7 @@ def test_total_gradient_is_that_of_finite_differences(family):
         log_weights, u, log_q = guide.stratified(2, x)
         return (log_weights.exp() * (guide.space(x).bind(x)(u) - log_q)).sum()
 
-    for parameter in (base.encoder[1].weight, vae.decoder.trunk[0].weight, vae.log_noise):
+    for parameter in (base.encoder[1].weight, vae.decoder.trunk[0].weight, vae.noise["log"]):
         (gradient,) = torch.autograd.grad(objective(), parameter)
         flat, step = parameter.data.view(-1), 1e-6
         flat[0] += step
@@ -164,7 +164,13 @@ def test_trains_under_stock_svi_and_evaluates():
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_steps": -1}, {"num_samples": 0}, {"momentum": 1.0}, {"step_size": -0.1}, {"step_size": {"loc": 0.1, "x": 1}}],
+    [
+        {"num_steps": -1},
+        {"num_samples": 0},
+        {"momentum": 1.0},
+        {"step_size": -0.1},
+        {"step_size": {"loc": 0.1, "x": 1}},
+    ],
 )
 def test_bad_options_raise(options):
     model, x = problems.ppca(rows=2)

@@ -1,0 +1,59 @@
+"""The compatibility matrix, guides x losses, as Markdown: what `pyrovae.compat.compatible` says of every pair.
+
+A cell is "yes", or the number of the reason below the table. Registered guides and losses appear by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pyrovae import guides, losses
+from pyrovae.compat import compatible
+
+__all__ = ["matrix"]
+
+
+def matrix() -> str:
+    """The Markdown table and the reasons under it.
+
+    Example:
+        >>> print(matrix().splitlines()[0])
+        | guide | `ELBO` | `ELBO(stratified)` | `IWAE-5` | `E_q log p(x,z)` |
+    """
+    columns = {name: make() for name, make in losses.REGISTRY.items()}
+    reasons: dict[str, int] = {}
+    lines = [_line(["guide", *(f"`{name}`" for name in columns)]), _line(["---"] * (1 + len(columns)))]
+    for name, guide in _rows().items():
+        cells = [_cell(compatible(guide=guide, loss=loss), guide, reasons) for loss in columns.values()]
+        lines.append(_line([f"`{name}`", *cells]))
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _rows() -> dict[str, Any]:
+    """Name -> what `compatible` is asked about; `Amortized` stands twice, because its family decides."""
+    rows: dict[str, Any] = {}
+    for guide in guides.REGISTRY.values():
+        rows[guide.__name__] = guide
+        if guide is guides.Amortized:
+            rows['Amortized(family="mixture")'] = guides.Amortized(_no_model, nn.Identity(), "mixture")
+    return rows
+
+
+def _no_model() -> None:
+    """Never run: a guide's traits are known from its construction."""
+
+
+def _cell(reason: str | None, guide: Any, reasons: dict[str, int]) -> str:
+    if reason is None:
+        return "yes"
+    # One reason for all guides it holds for.
+    general = reason.replace(guide.traits.name, "the guide")
+    general = general[0].upper() + general[1:] if general.startswith("the guide") else general
+    return f"no ({reasons.setdefault(general, len(reasons) + 1)})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
