@@ -145,7 +145,7 @@ class DensityGuide(Guide):
 
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         q = self._posterior(*args, **kwargs)
-        return lambda: emit(space, q)
+        return lambda: emit(space.structure, q)
 
     def posterior(self, *args: Any, **kwargs: Any) -> Any:
         with self._aside():

@@ -102,7 +102,7 @@ class ShortRun(Guide):
             )
         u = self._draws(particles[0].size if particles else 1, *args, **kwargs)
         if not particles:
-            return lambda: emit_draws(space, u[0])
+            return lambda: emit_draws(space.structure, u[0])
         padding = -1 - particles[0].dim - (0 if space.plate is None else 1)
         u = u.reshape(len(u), *[1] * padding, *u.shape[1:])
-        return lambda: emit_draws(space, u)
+        return lambda: emit_draws(space.structure, u)

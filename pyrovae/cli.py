@@ -32,8 +32,10 @@ def compare(
 ) -> None:
     """Train one model under each guide, hold all of them against NUTS, write a table and a report."""
     from rich.console import Console
+    from rich.markup import escape
 
     from pyrovae.comparison import Settings, run
+    from pyrovae.errors import CheckpointError, ParameterCollision, TrainingDiverged
     from pyrovae.recipes import GUIDES
 
     console = Console()
@@ -47,10 +49,8 @@ def compare(
             num_samples=200 if quick else 1000, resume=resume,
         )  # fmt: skip
         run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
-    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
-        if type(error).__module__.startswith("torch"):
-            raise
-        console.print(f"[bold red]pyrovae compare:[/] {error}", soft_wrap=True)
+    except (ValueError, FileNotFoundError, CheckpointError, ParameterCollision, TrainingDiverged) as error:
+        console.print(f"[bold red]pyrovae compare:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
 
 

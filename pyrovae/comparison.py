@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import diagnose, evidence, reference, runtime, table
+from pyrovae.checkpoint import fingerprint
 from pyrovae.data.images import Binarization
 from pyrovae.guides.base import Guide
 from pyrovae.models import VAE
@@ -98,7 +99,7 @@ class Outcome:
             "frozen": [row.to_dict() for row in self.frozen],
             "references": {
                 name: {
-                    "kind": r.kind, "rhat": r.rhat.tolist(), "ess": r.ess.tolist(), "status": list(r.status),
+                    "kind": r.kind, "rhat": _finite(r.rhat), "ess": _finite(r.ess), "status": list(r.status),
                     "divergences": r.divergences, "seconds": r.seconds, "chains_by_draws": list(r.draws.shape[:2]),
                 }
                 for name, r in self.references.items()
@@ -190,7 +191,9 @@ class _Job:
         for name in sorted(names, key=_order):
             guide = build_guide(name, vae, s.seed, s.device, start)
             if any(p.requires_grad for p in guide.parameters()) and (start is None or name in TUNED):
-                self._fit(name, vae, guide, s.tune_epochs, s.learning_rate, "frozen")
+                # Named after the decoder: after more end-to-end training, old checkpoints are of another one.
+                folder = f"frozen/{fingerprint(list(vae.state_dict().values()))[:12]}"
+                self._fit(name, vae, guide, s.tune_epochs, s.learning_rate, folder)
             o.frozen_guides[name] = guide
 
     def evaluate_all(self) -> None:
@@ -298,6 +301,11 @@ class _Job:
         (self.out / "comparison.json").write_text(json.dumps(o.to_dict(), indent=1, allow_nan=False))
         export.save(self.out / "posterior.nc", o.references[o.frozen_from], o.draws, {"x": x})
         write_report(o, self.test, self.out / "report.html")
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    """For JSON, which has no nan (the R-hat of a stuck chain)."""
+    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def _order(name: str) -> int:

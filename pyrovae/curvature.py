@@ -22,7 +22,7 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
-from pyrovae.joint import _AtLatents, hidden_samples
+from pyrovae.joint import AtLatents, Structure, hidden_samples
 from pyrovae.latents import LatentSpace, LogJoint
 
 __all__ = ["Curvature", "Expansion", "FisherBlock", "fisher", "floor_eigenvalues"]
@@ -111,7 +111,7 @@ class Expansion(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Structure:
+class _Treatment:
     """Which sites are treated how. Found once per latent space: it depends on the program, not on values."""
 
     moving: dict[str, tuple[str, ...]]  # observed site -> its parameters that depend on u
@@ -139,14 +139,14 @@ class Curvature:
                 precision = -_hessian(lambda at: self.log_joint(at, self.beta).sum(), point)
             else:
                 run = self._run(point)
-                structure = _structure(self.space, run, point)
+                treatment = _treatment(self.space, run, point)
                 zero = u.new_zeros(())
                 value = self.beta * sum(run.latent, zero) + sum(run.observed, zero)
-                precision = self._closed(structure, run, point)
-                for name, parameters in structure.moving.items():
+                precision = self._closed(treatment, run, point)
+                for name, parameters in treatment.moving.items():
                     precision = precision + self._gauss_newton(run.sites_seen[name], parameters, point)
-                if structure.hessian:
-                    precision = precision - self._site_hessian(structure.hessian, point)
+                if treatment.hessian:
+                    precision = precision - self._site_hessian(treatment.hessian, point)
             (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=create_graph, retain_graph=True)
         if not create_graph:
             value, gradient, precision = value.detach(), gradient.detach(), precision.detach()
@@ -154,17 +154,17 @@ class Curvature:
         return Expansion(value, gradient, precision, floored)
 
     def _run(self, u: Tensor, only: tuple[str, ...] = ()) -> _Recorder:
-        recorder = _Recorder(self.space, u, only)
+        recorder = _Recorder(self.space.structure, u, only)
         rows = self.log_joint.rows
         with pyro.validation_enabled(False), hidden_samples(), recorder:
             self.space.model(*rows.args, **rows.kwargs)
         return recorder
 
-    def _closed(self, structure: _Structure, run: _Recorder, u: Tensor) -> Tensor:
+    def _closed(self, treatment: _Treatment, run: _Recorder, u: Tensor) -> Tensor:
         """Prior precision of latent Normals: a diagonal."""
         diagonal = u.new_zeros(u.shape)
         for site in self.space.sites:
-            if site.name in structure.closed:
+            if site.name in treatment.closed:
                 seen = run.sites_seen[site.name]
                 scale = _base(seen.fn).scale.expand(seen.value.shape)
                 block = site.flatten(seen.weigh(scale**-2), joint=self.space.plate is None)
@@ -325,11 +325,11 @@ class _Site:
         return value
 
 
-class _Recorder(_AtLatents):
+class _Recorder(AtLatents):
     """Adds to the log-densities of a run the distributions of its sites; with `only`, nothing but those sites'."""
 
-    def __init__(self, space: LatentSpace, u: Tensor, only: tuple[str, ...] = ()) -> None:
-        super().__init__(space, u, check=False)
+    def __init__(self, structure: Structure, u: Tensor, only: tuple[str, ...] = ()) -> None:
+        super().__init__(structure, u, check=False)
         self.only = only
         self.sites_seen: dict[str, _Site] = {}
         self.log_probs: dict[str, Tensor] = {}
@@ -337,17 +337,17 @@ class _Recorder(_AtLatents):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if self.only:
             if msg["name"] in self.only:
-                self.sites_seen[msg["name"]] = _Site(msg, self.space.plate)
+                self.sites_seen[msg["name"]] = _Site(msg, self.structure.plate)
             return
         before = len(self.latent), len(self.observed)
         super()._pyro_post_sample(msg)
         added = self.latent[before[0] :] + self.observed[before[1] :]
         if added:
-            self.sites_seen[msg["name"]] = _Site(msg, self.space.plate)
+            self.sites_seen[msg["name"]] = _Site(msg, self.structure.plate)
             self.log_probs[msg["name"]] = added[0]
 
 
-def _structure(space: LatentSpace, run: Any, u: Tensor) -> _Structure:
+def _treatment(space: LatentSpace, run: Any, u: Tensor) -> _Treatment:
     cached = space.__dict__.get("_curvature")
     if cached is not None:
         return cached
@@ -375,7 +375,7 @@ def _structure(space: LatentSpace, run: Any, u: Tensor) -> _Structure:
                 moving[name] = parameters
         elif moves(run.log_probs[name]):
             hessian.append(name)
-    found = _Structure(moving, tuple(closed), tuple(hessian))
+    found = _Treatment(moving, tuple(closed), tuple(hessian))
     space.__dict__["_curvature"] = found
     return found
 

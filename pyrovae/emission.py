@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.families import marginal
-from pyrovae.latents import LatentSpace
+from pyrovae.joint import Structure
 from pyrovae.mixture import MixtureOfNormals
 from pyrovae.sites import LatentSite, bijection, to_constrained
 
@@ -31,29 +31,29 @@ __all__ = ["emit", "emit_draws", "site_posteriors"]
 AUXILIARY = "_u"
 
 
-def emit(space: LatentSpace, q: Any) -> None:
+def emit(structure: Structure, q: Any) -> None:
     """Emit sample sites for a posterior `q`, batch `[B]`, event `[D]`; the data plate must be open (local mode)."""
     normal = _independent_normal(q)
     if normal is not None:
-        for site in space.sites:
-            _emit_normal(space, site, normal)
-    elif len(space.sites) == 1 and _is_plain_vector(space, space.sites[0]):
-        pyro.sample(space.sites[0].name, q)
+        for site in structure.sites:
+            _emit_normal(structure, site, normal)
+    elif len(structure.sites) == 1 and _is_plain_vector(structure, structure.sites[0]):
+        pyro.sample(structure.sites[0].name, q)
     else:
-        _emit_packed(space, q)
+        _emit_packed(structure, q)
 
 
-def emit_draws(space: LatentSpace, u: Tensor) -> None:
+def emit_draws(structure: Structure, u: Tensor) -> None:
     """Emit given draws `u: [..., B, D]` as `Delta`s without log-density."""
-    for site in space.sites:
-        _emit_delta(site, to_constrained(site, space._block(site, u, padded=True)))
+    for site in structure.sites:
+        _emit_delta(site, to_constrained(site, structure.block(site, u, padded=True)))
 
 
-def site_posteriors(space: LatentSpace, guide_trace: Any) -> dict[str, Any]:
+def site_posteriors(structure: Structure, guide_trace: Any) -> dict[str, Any]:
     """Site -> its variational distribution in unconstrained coordinates (flat event), or None."""
     found: dict[str, Any] = {}
     packed = guide_trace.nodes.get(AUXILIARY)
-    for site in space.sites:
+    for site in structure.sites:
         fn = guide_trace.nodes[site.name]["fn"]
         if packed is not None:
             whole = packed["fn"]
@@ -74,12 +74,12 @@ def _independent_normal(q: Any) -> Any | None:
     return None
 
 
-def _is_plain_vector(space: LatentSpace, site: LatentSite) -> bool:
-    return space.plate is not None and site.is_real and not site.inner and len(site.unconstrained_shape) == 1
+def _is_plain_vector(structure: Structure, site: LatentSite) -> bool:
+    return not structure.joint and site.is_real and not site.inner and len(site.unconstrained_shape) == 1
 
 
-def _emit_normal(space: LatentSpace, site: LatentSite, normal: Any) -> None:
-    loc, scale = space._block(site, normal.loc), space._block(site, normal.scale)
+def _emit_normal(structure: Structure, site: LatentSite, normal: Any) -> None:
+    loc, scale = structure.block(site, normal.loc), structure.block(site, normal.scale)
     fn: Any = dist.Normal(loc, scale).to_event(len(site.unconstrained_shape))
     if not site.is_real:
         fn = dist.TransformedDistribution(fn, [bijection(site)])
@@ -87,34 +87,34 @@ def _emit_normal(space: LatentSpace, site: LatentSite, normal: Any) -> None:
         pyro.sample(site.name, fn)
 
 
-def _emit_packed(space: LatentSpace, q: Any) -> None:
-    joint = space.plate is None
+def _emit_packed(structure: Structure, q: Any) -> None:
+    joint = structure.joint
     if joint:  # no plate is open: the row of the batch becomes part of the event
         q = MixtureOfNormals(q.logits[0], q.locs[0], q.scales[0]) if isinstance(q, MixtureOfNormals) else q.to_event(1)
     value = pyro.sample(AUXILIARY, q, infer={"is_auxiliary": True})
     u = value.unsqueeze(-2) if joint and isinstance(q, MixtureOfNormals) else value
     log_det = torch.zeros(value.shape[: value.dim() - len(q.event_shape)], dtype=u.dtype, device=u.device)
     values = {}
-    for site in space.sites:
-        block = space._block(site, u, padded=True)
+    for site in structure.sites:
+        block = structure.block(site, u, padded=True)
         values[site.name] = to_constrained(site, block)
         if not site.is_real:
             term = bijection(site).log_abs_det_jacobian(block, values[site.name])
-            log_det = log_det + _per_row(space, site, term, log_det.shape)
+            log_det = log_det + _per_row(structure, site, term, log_det.shape)
     factor = -log_det
     if isinstance(q, MixtureOfNormals):
         score = q.score(value)
         missing = (log_det - q.log_prob(value)).detach() * score
         factor = factor - (missing - missing.detach())
     pyro.factor("_log_det", factor, has_rsample=True)
-    for site in space.sites:
+    for site in structure.sites:
         _emit_delta(site, values[site.name])
 
 
-def _per_row(space: LatentSpace, site: LatentSite, term: Tensor, shape: torch.Size) -> Tensor:
+def _per_row(structure: Structure, site: LatentSite, term: Tensor, shape: torch.Size) -> Tensor:
     """A site's log-Jacobian `[*particles, *inner, B]` summed to the shape of the auxiliary site's batch."""
     inner = len(site.inner)
-    if space.plate is None:
+    if structure.joint:
         return term.sum(tuple(range(-inner, 0))).reshape(shape) if inner else term.reshape(shape)
     return term.sum(tuple(range(-1 - inner, -1))).reshape(shape) if inner else term.reshape(shape)
 

@@ -94,18 +94,28 @@ def per_chunk(
         indices = range(size) if indices is None else indices
         if len(indices) != size:
             raise ValueError(f"indices must name each of the {size} data, got {len(indices)}")
-        starts: Any = range(0, size, chunk if rows.names() else size)
+        if not _splits(programs[0], plate, rows, size, chunk):
+            chunk = size
+        starts: Any = range(0, size, chunk)
         if progress is not None:
             from tqdm.auto import tqdm
 
             starts = tqdm(starts, desc=progress, disable=None, leave=False)
         parts = []
         for start in starts:
-            stop = min(start + chunk, size) if rows.names() else size
-            some_args, some_kwargs = rows.rows(slice(start, stop)) if rows.names() else (args, kwargs)
+            stop = min(start + chunk, size)
+            some_args, some_kwargs = rows.rows(slice(start, stop)) if chunk < size else (args, kwargs)
             with noise.per_datum(seed, indices[start:stop]):
                 parts.append(function(*some_args, **some_kwargs))
         return torch.cat(parts, dim=1)
+
+
+def _splits(program: Callable[..., Any], plate: str, rows: RowArguments, size: int, chunk: int) -> bool:
+    """Whether the program runs on some of the rows (a plate of fixed size does not)."""
+    if chunk >= size or not rows.names():
+        return False
+    some_args, some_kwargs = rows.rows(slice(0, chunk))
+    return read_plate(program, plate, some_args, some_kwargs).size == chunk
 
 
 def log_weights(
@@ -147,13 +157,14 @@ def log_weights(
 def summarize(weights: Tensor) -> tuple[Estimate, Estimate]:
     """(ELBO, IWAE) from log-weights `[S, B]`.
 
-    Standard errors per datum: sd(log w) / sqrt(S) and, by the delta method, sqrt(sum w^2 / (sum w)^2 - 1/S).
+    Standard errors per datum: sd(log w) / sqrt(S) and, by the delta method, sqrt(sum w^2 / (sum w)^2 - 1/S); nan for
+    S = 1, which says nothing about its own spread.
     """
     number = len(weights)
-    spread = weights.std(0) if number > 1 else torch.zeros_like(weights[0])
+    spread = weights.std(0) if number > 1 else torch.full_like(weights[0], torch.nan)
     bound = torch.logsumexp(weights, 0) - math.log(number)
     inverse_ess = torch.exp(torch.logsumexp(2 * weights, 0) - 2 * torch.logsumexp(weights, 0))
-    se = (inverse_ess - 1 / number).clamp_min(0).sqrt()
+    se = (inverse_ess - 1 / number).clamp_min(0).sqrt() if number > 1 else spread
     return (
         Estimate("ELBO", "lower bound", weights.mean(0), spread / math.sqrt(number), number),
         Estimate(f"IWAE-{number}", "lower bound", bound, se, number),

@@ -5,6 +5,7 @@ Plates become dimensions under their own names ("data", ...); event dims are cal
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def nested(
         reference: becomes `posterior` (and `sample_stats`, where it has log-densities).
         guides: name -> unconstrained draws `[S, B, D]` (`guide.draws`). Each becomes a group `posterior_<name>`; a
             single guide without a reference becomes `posterior` itself.
-        observed: site -> data `[B, ...]`, becomes `observed_data`.
+        observed: site -> data `[B, ...]` (joint mode: `[...]`), becomes `observed_data`.
         space: needed when there is no reference.
     """
     space = space or (reference.space if reference is not None else None)
@@ -45,11 +46,15 @@ def nested(
     guides = guides or {}
     for name, draws in guides.items():
         alone = reference is None and len(guides) == 1
-        groups["posterior" if alone else f"posterior_{_identifier(name)}"] = _sites(space, draws.unsqueeze(0))
+        group = "posterior" if alone else f"posterior_{_identifier(name)}"
+        if group in groups:
+            raise ValueError(f"two guides would both be called {group!r}: give them names that differ in letters")
+        groups[group] = _sites(space, draws.unsqueeze(0))
     if observed:
+        rows = () if space.plate is None else (space.plate,)
         groups["observed_data"] = {
             site: (
-                (_plate(space), *(f"{site}_dim_{i}" for i in range(value.dim() - 1))),
+                (*rows, *(f"{site}_dim_{i}" for i in range(value.dim() - len(rows)))),
                 value.detach().cpu().numpy(),
             )
             for site, value in observed.items()
@@ -83,7 +88,8 @@ def _plate(space: LatentSpace) -> str:
 
 
 def _identifier(name: str) -> str:
-    return name.replace("-", "_").replace(" ", "_")
+    """The name with everything but letters and digits as single underscores: an attribute of the ArviZ object."""
+    return re.sub(r"\W+", "_", name).strip("_")
 
 
 def _sites(space: LatentSpace, draws: Tensor) -> dict[str, tuple[tuple[str, ...], Any]]:

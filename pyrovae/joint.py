@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -27,20 +27,28 @@ from pyrovae.plates import per_datum
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.sites import LatentSite, pack, simplify
 
-if TYPE_CHECKING:
-    from pyrovae.latents import LatentSpace
-
-__all__ = ["Structure", "evaluate", "hidden_samples", "inspect_model", "prior_draw", "remaining_scales"]
+__all__ = ["AtLatents", "Structure", "evaluate", "hidden_samples", "inspect_model", "prior_draw", "remaining_scales"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What one look at a model finds."""
+    """What one look at a model finds: the program, its latents, and where they lie in `u`."""
 
+    model: Callable[..., Any]
+    plate: str | None
     sites: tuple[LatentSite, ...]
     enumerated: tuple[str, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def joint(self) -> bool:
+        """Whether the whole program is one datum."""
+        return self.plate is None
+
+    def block(self, site: LatentSite, u: Tensor, *, padded: bool = False) -> Tensor:
+        """A site's part of `u: [..., B, D]`, in the site's layout."""
+        return site.arrange(u[..., site.slice], joint=self.joint, padded=padded)
 
 
 def _counts(site: dict[str, Any]) -> bool:
@@ -109,7 +117,7 @@ def inspect_model(
             f"the discrete latents {enumerated} share the model with inner plates: sum them out by hand instead"
         )
     first = nodes[sites[0].name]["value"]
-    return Structure(tuple(sites), tuple(enumerated), first.dtype, first.device)
+    return Structure(model, plate, tuple(sites), tuple(enumerated), first.dtype, first.device)
 
 
 def _check_plates(nodes: dict[str, Any], plate: str) -> None:
@@ -194,14 +202,14 @@ def _base_name(fn: Any) -> str:
     return type(fn).__name__
 
 
-class _AtLatents(poutine.messenger.Messenger):
+class AtLatents(poutine.messenger.Messenger):
     """Set the latents of a run from `u` and add up log-densities per datum."""
 
-    def __init__(self, space: LatentSpace, u: Tensor, check: bool) -> None:
+    def __init__(self, structure: Structure, u: Tensor, check: bool) -> None:
         super().__init__()
-        self.space, self.u, self.check = space, u, check
-        self.sites = {site.name: site for site in space.sites}
-        self.depth = 0 if space.plate is None else 1  # batch dims of a site without enumeration
+        self.structure, self.u, self.check = structure, u, check
+        self.sites = {site.name: site for site in structure.sites}
+        self.depth = 0 if structure.plate is None else 1  # batch dims of a site without enumeration
         self.latent: list[Tensor] = []
         self.observed: list[Tensor] = []
 
@@ -209,7 +217,7 @@ class _AtLatents(poutine.messenger.Messenger):
         site = self.sites.get(msg["name"])
         if site is None:
             return
-        block = self.space._block(site, self.u)
+        block = self.structure.block(site, self.u)
         if site.is_real:
             msg["value"] = block
         else:
@@ -231,15 +239,15 @@ class _AtLatents(poutine.messenger.Messenger):
         log_det = msg["infer"].get("_log_det")
         if log_det is not None:
             log_prob = log_prob + scale_and_mask(log_det, msg["scale"], msg["mask"])
-        enumerated = self.space.enumerated and log_prob.dim() > self.depth
+        enumerated = self.structure.enumerated and log_prob.dim() > self.depth
         (self.observed if enumerated else self.latent).append(self._reduce(log_prob, msg))
 
     def _reduce(self, log_prob: Tensor, msg: dict[str, Any]) -> Tensor:
-        if not self.space.enumerated:
-            return per_datum(log_prob, msg["cond_indep_stack"], self.space.plate)
-        if self.space.plate is None:
+        if not self.structure.enumerated:
+            return per_datum(log_prob, msg["cond_indep_stack"], self.structure.plate)
+        if self.structure.plate is None:
             return log_prob.unsqueeze(-1)
-        frame = next(frame for frame in msg["cond_indep_stack"] if frame.name == self.space.plate)
+        frame = next(frame for frame in msg["cond_indep_stack"] if frame.name == self.structure.plate)
         return log_prob * (frame.size / frame.full_size)
 
 
@@ -249,21 +257,21 @@ def hidden_samples() -> Any:
 
 
 def evaluate(
-    space: LatentSpace, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, check: bool = False
+    structure: Structure, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, check: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(latent part, everything else) of the log-joint at `u: [R, D]`, each `[R]` (`[1]` in joint mode).
 
     With `check`, observations outside their support raise `DataError`.
     """
-    at = _AtLatents(space, u, check)
-    model = space.model
-    if space.enumerated:
+    at = AtLatents(structure, u, check)
+    model = structure.model
+    if structure.enumerated:
         model = poutine.enum(config_enumerate(model), first_available_dim=-1 - at.depth)
     with hidden_samples(), at:
         model(*args, **kwargs)
-    zero = u.new_zeros(u.shape[:-1] if space.plate is not None else (1,))
+    zero = u.new_zeros(u.shape[:-1] if structure.plate is not None else (1,))
     latent = sum(at.latent, zero)
-    if not space.enumerated:
+    if not structure.enumerated:
         return latent, sum(at.observed, zero)
     total = torch.stack(torch.broadcast_tensors(*at.observed)).sum(0)
     return latent, torch.logsumexp(total.reshape(-1, total.shape[-1]), 0) + zero
@@ -284,28 +292,28 @@ def remaining_scales(
     return scales
 
 
-def prior_draw(space: LatentSpace, rows: RowArguments, num_samples: int) -> Tensor:
+def prior_draw(structure: Structure, rows: RowArguments, num_samples: int, *, foldable: bool) -> Tensor:
     """Draws of the latents from the prior, `[S, B, D]`, without gradient."""
 
     def draw(source: RowArguments, times: int) -> Tensor:
-        joint = space.plate is None
-        folded = not joint and space._foldable
+        joint = structure.plate is None
+        folded = not joint and foldable
         runs = [source.repeat(times)] if folded else [(source.args, source.kwargs)] * times
         packed = []
         for args, kwargs in runs:
-            nodes = _trace(space.model, args, kwargs).nodes
-            values = {site.name: nodes[site.name]["value"] for site in space.sites}
-            packed.append(pack(space.sites, values, joint=joint))
+            nodes = _trace(structure.model, args, kwargs).nodes
+            values = {site.name: nodes[site.name]["value"] for site in structure.sites}
+            packed.append(pack(structure.sites, values, joint=joint))
         return packed[0].view(times, source.size, -1) if folded else torch.stack(packed)
 
-    with torch.no_grad(), evaluating(space.model):
+    with torch.no_grad(), evaluating(structure.model):
         if not noise.active():
             return draw(rows, num_samples)
         parts = []
         for row, seed in enumerate(noise.row_seeds()):
             with preserve_rng():
                 torch.manual_seed(seed)
-                if space.plate is None or not space._foldable:
+                if structure.plate is None or not foldable:
                     return draw(rows, num_samples)
                 args, kwargs = rows.rows(slice(row, row + 1))
                 parts.append(draw(RowArguments(args, kwargs, 1, rows._batched), num_samples))

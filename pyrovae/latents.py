@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from pyrovae.batching import Batched, RowArguments, check_finite
+from pyrovae.emission import site_posteriors
 from pyrovae.errors import BatchError, ScaleError
 from pyrovae.joint import evaluate, inspect_model, prior_draw, remaining_scales
 from pyrovae.plates import DataPlate, read_plate
 from pyrovae.runtime import evaluating, preserve_rng
-from pyrovae.sites import LatentSite, pack, to_constrained
+from pyrovae.sites import pack, to_constrained
 from pyrovae.store import fresh, isolated
 
 __all__ = ["LatentSpace", "LogJoint"]
@@ -82,9 +83,8 @@ class LatentSpace:
         with fresh(), preserve_rng(), torch.no_grad(), evaluating(model):
             if plate is not None:
                 read_plate(model, plate, args, kwargs)  # a missing plate is reported before anything else
-            structure = inspect_model(model, plate, args, kwargs)
-        self.sites: tuple[LatentSite, ...] = structure.sites
-        self.enumerated: tuple[str, ...] = structure.enumerated
+            self.structure = structure = inspect_model(model, plate, args, kwargs)
+        self.sites, self.enumerated = structure.sites, structure.enumerated
         self.dim: int = sum(site.size for site in self.sites)
         self.dtype, self.device = structure.dtype, structure.device
         self._checked: set[tuple[Any, ...]] = set()
@@ -141,7 +141,7 @@ class LatentSpace:
 
         In joint mode (B = 1) site -> `[..., *batch, *event]`.
         """
-        return {site.name: to_constrained(site, self._block(site, u)) for site in self.sites}
+        return {site.name: to_constrained(site, self.structure.block(site, u)) for site in self.sites}
 
     def unconstrain(self, values: dict[str, Tensor]) -> Tensor:
         """The inverse of `constrain`."""
@@ -152,19 +152,14 @@ class LatentSpace:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         with isolated():
-            return prior_draw(self, self.bind(*args, **kwargs).rows, num_samples)
+            return prior_draw(self.structure, self.bind(*args, **kwargs).rows, num_samples, foldable=self._foldable)
 
     def site_posteriors(self, guide_trace: Any) -> dict[str, Any]:
         """Each site's variational distribution in unconstrained coordinates, or None where there is no closed one.
 
         The accessor for losses that need Gaussians per site, whichever way the guide emitted them.
         """
-        from pyrovae.emission import site_posteriors
-
-        return site_posteriors(self, guide_trace)
-
-    def _block(self, site: LatentSite, u: Tensor, *, padded: bool = False) -> Tensor:
-        return site.arrange(u[..., site.slice], joint=self.plate is None, padded=padded)
+        return site_posteriors(self.structure, guide_trace)
 
     def _check_rows(self, bound: LogJoint) -> None:
         rows, size = bound.rows, bound.rows.size
@@ -238,7 +233,7 @@ class LogJoint:
     def _run(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         check, self._data_checked = not self._data_checked, True
         with pyro.validation_enabled(False):
-            return evaluate(self.space, u, args, kwargs, check=check)
+            return evaluate(self.space.structure, u, args, kwargs, check=check)
 
     def _folded(self, u: Tensor) -> tuple[Tensor, Tensor]:
         times, size = u.shape[:2]

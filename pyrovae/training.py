@@ -195,7 +195,7 @@ class _Run:
         self.svi = SVI(model, guide, optimizer, loss)
         self.at = _Progress()
         self.bare: list[str] = []
-        self.buffers = [b for module in modules_of(model, guide) for b in module.buffers(recurse=False)]
+        self.buffers = [b for module in modules_of(model, guide) for b in module.buffers()]
         self.joint = getattr(guide, "plate", "data") is None
         if self.joint and batch_size < len(tensors[0]):
             raise ValueError(
@@ -214,7 +214,7 @@ class _Run:
     def identity(self, seed: int | None) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues it."""
         modules = modules_of(self.model, self.guide)
-        frozen = [p for module in modules for p in module.parameters(recurse=False) if not p.requires_grad]
+        frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
         return {
             "data": ckpt.fingerprint(self.tensors), "batch_size": self.batch_size,
             "seed": -1 if seed is None else seed, "set_of_frozen_weights": ckpt.fingerprint(frozen),

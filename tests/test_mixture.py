@@ -164,12 +164,12 @@ def guide_for(model: Callable[..., None], free: Parameters, plate: str | None) -
         space = spaces[rows]
         q = free.mixture(1 if plate is None else rows)
         if plate is None:
-            emit(space, q)
+            emit(space.structure, q)
             return
         opened = space.read_plate(rows)
         assert opened is not None
         with opened.open():
-            emit(space, q)
+            emit(space.structure, q)
 
     return guide
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrovae.diagnose.distance import sd_ratio, sliced_w2, standardized_mean_error
 from pyrovae.errors import ReferenceRefused
 from pyrovae.evidence import per_chunk
-from pyrovae.reference.posterior import Reference
+from pyrovae.reference.posterior import Reference, data_fingerprint
 
 __all__ = ["Comparison", "compare"]
 
@@ -84,15 +84,12 @@ def compare(
             f"{float(reference.rhat.max()):.2f}): its chains sit in different places, so it cannot judge a guide; run "
             "longer chains or use reference.exact"
         )
+    if data_fingerprint(args, kwargs) != reference.data:
+        raise ValueError("the guide was called on other data than the reference: pass those it was made for")
     draws = per_chunk(
         lambda *a, **k: guide.draws(num_samples, *a, **k), (guide.model, guide), args, kwargs,
         plate=guide.plate, batched=guide.batched, seed=seed, chunk=max(1, 64_000 // num_samples),
     )  # fmt: skip
-    if draws.shape[1:] != reference.draws.shape[2:]:
-        raise ValueError(
-            f"the guide was called on {draws.shape[1]} data with {draws.shape[2]} latents, but the reference has "
-            f"{reference.draws.shape[2]} with {reference.draws.shape[3]}: pass the data the reference was made for"
-        )
     half = reference.draws.shape[1] // 2
     first, second = reference.draws[:, :half].flatten(0, 1), reference.draws[:, half:].flatten(0, 1)
     pooled, ok = reference.pooled, usable.to(reference.draws.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyrovae import store
 from pyrovae.batching import Batched
 from pyrovae.latents import LatentSpace
-from pyrovae.reference.posterior import Reference, status_of
+from pyrovae.reference.posterior import Reference, data_fingerprint, status_of
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.samplers.graph import differentiable_graph
 
@@ -91,8 +91,8 @@ def nuts(
     pooled = draws.double().flatten(0, 1)
     return Reference(
         kind="nuts", space=space, draws=draws, rhat=rhat, ess=ess, divergences=divergences, status=status,
-        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, seconds=time.perf_counter() - began,
-        initial=start, lp=lp,
+        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, data=data_fingerprint(args, kwargs),
+        seconds=time.perf_counter() - began, initial=start, lp=lp,
     )  # fmt: skip
 
 

@@ -55,7 +55,12 @@ def differentiable_graph(log_density: LogDensity, u: Tensor) -> Callable[[Tensor
         return value.detach(), gradient
 
     value_and_gradient(u)  # parameters and data checks come before recording
-    graph = make_fx(value_and_gradient)(u.detach())
+    try:
+        graph = make_fx(value_and_gradient)(u.detach())
+    except RuntimeError as error:
+        if "data-dependent control flow" not in str(error):
+            raise
+        return log_density
     graph.graph.eliminate_dead_code()
     graph.recompile()
     generator = torch.Generator().manual_seed(0)

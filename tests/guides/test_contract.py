@@ -191,7 +191,7 @@ def test_estimators_agree_on_two_sites_one_constrained(name):
         svi = SVI(problems.gamma_normal, guide, pyro.optim.Adam({"lr": 2e-2}), default_loss(guide))
         for _ in range(0 if "laplace" in name else 200):
             svi.step(x)
-    repeats = 40 if "laplace" in name else 300
+    repeats = 40 if "laplace" in name else 600
     weights = guide.log_weights(4000, x) if "semi" not in name else torch.cat(
         [guide.log_weights(40, x) for _ in range(100)]
     )
