@@ -1,11 +1,11 @@
-# make install | lint | typecheck | test | demo | bench
+# make install | lint | typecheck | test | test-arviz1 | demo | bench
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(CURDIR)/$(VENV)/bin
 STAMP   := $(VENV)/.installed
 JOBS    ?= 2
 
-.PHONY: install lint typecheck test demo bench clean
+.PHONY: install lint typecheck test test-arviz1 demo bench clean
 
 install: $(STAMP)
 
@@ -31,6 +31,17 @@ typecheck: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q --durations=10
+
+# The adapter for ArviZ >= 1 (Python 3.12 and newer) in an environment of its own, without torch.
+test-arviz1: $(STAMP)
+	@if python=$$(command -v python3.12) && $$python -c "" 2>/dev/null; then \
+		set -e; \
+		test -x build/arviz1/bin/python || $$python -m venv build/arviz1; \
+		build/arviz1/bin/pip install --quiet "arviz>=1" h5netcdf h5py numpy; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_export.py -k newer_arviz; \
+	else \
+		echo "test-arviz1 skipped: no working python3.12 on PATH (ArviZ >= 1 needs it)"; \
+	fi
 
 demo: $(STAMP)
 	$(BIN)/pyrovae compare --data digits --out runs/demo

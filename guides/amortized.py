@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.families import Family, get_family
-from pyrovae.guides.base import FamilyGuide
+from pyrovae.guides.base import FamilyGuide, Guide
 from pyrovae.latents import LatentSpace
 
 __all__ = ["Amortized"]
@@ -66,6 +66,7 @@ class Amortized(FamilyGuide):
         batched: Batched = "auto",
         example: tuple[Any, ...] = (),
     ) -> None:
+        require_net(encoder)
         super().__init__(model, plate=plate, batched=batched)
         self.family_spec, self.encoder_input = family, encoder_input
         self.__dict__["_family"] = None
@@ -102,12 +103,31 @@ class Amortized(FamilyGuide):
 
 def encode(encoder: nn.Module, x: Any, family: Family) -> Tensor:
     """The encoder's output, checked against the family's width."""
-    lam = encoder(x)
+    lam = run_encoder(encoder, x)
     if not isinstance(lam, Tensor) or lam.dim() != 2:
         shape = tuple(lam.shape) if isinstance(lam, Tensor) else type(lam).__name__
         raise ValueError(f"the encoder must return one row of parameters per datum, [B, P], but returned {shape}")
     family._check(lam)
     return lam
+
+
+def require_net(encoder: Any) -> None:
+    """Raise when a guide stands where its encoder should."""
+    if isinstance(encoder, Guide):
+        raise TypeError(f"the encoder is a {type(encoder).__name__}: pass the net itself, guide.encoder")
+
+
+def run_encoder(encoder: nn.Module, x: Any) -> Any:
+    """The encoder's output; a shape it cannot take is reported with what to do."""
+    try:
+        return encoder(x)
+    except RuntimeError as error:
+        if not isinstance(x, Tensor) or "shape" not in str(error):
+            raise
+        raise ValueError(
+            f"the encoder cannot take its input of shape {tuple(x.shape)} ({error}): use a net that can, or shape the "
+            "input with encoder_input=lambda x: ..."
+        ) from error
 
 
 def constant_start(guide: FamilyGuide, example: tuple[Any, ...]) -> Tensor:

@@ -126,13 +126,13 @@ class Guide(PyroModule):
         return self.posterior(*args, **kwargs)  # raises NoDensityError with its advice
 
     def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws in unconstrained coordinates, `[S, B, D]`."""
+        """Draws in unconstrained coordinates, `[S, B, D]`, without gradient."""
         _at_least_one(num_samples)
-        with self._aside():
+        with self._aside(), torch.no_grad():
             return self._draws(num_samples, *args, **kwargs)
 
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws in the model's own space: site -> `[S, B, *event]` (joint mode: `[S, *batch, *event]`)."""
+        """Draws in the model's own space: site -> `[S, B, *event]` (joint mode: `[S, *batch, *event]`); no gradient."""
         return self.space(*args, **kwargs).constrain(self.draws(num_samples, *args, **kwargs))
 
 

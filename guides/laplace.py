@@ -21,7 +21,7 @@ from pyrovae import handlers, noise
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.curvature import Curvature, Expansion
-from pyrovae.guides.amortized import first_argument, joint_space
+from pyrovae.guides.amortized import first_argument, joint_space, require_net, run_encoder
 from pyrovae.guides.base import DensityGuide
 from pyrovae.latents import LogJoint
 
@@ -91,6 +91,7 @@ class Laplace(DensityGuide):
             raise ValueError("Laplace needs num_steps >= 0, a positive step_size and an even num_draws >= 0")
         if update not in ("newton", "full", "damped"):
             raise ValueError(f"update must be 'newton', 'full' or 'damped', got {update!r}")
+        require_net(encoder)
         super().__init__(model, plate=plate, batched=batched)
         self.num_steps, self.update, self.step_size, self.tolerance = num_steps, update, step_size, tolerance
         self.encoder_input = encoder_input
@@ -109,7 +110,8 @@ class Laplace(DensityGuide):
         """Where the search starts, `[B, D]`."""
         if self.encoder is None:
             return self.constant
-        start, dim = self.encoder(self.encoder_input(*args, **kwargs)), self.space(*args, **kwargs).dim
+        dim = self.space(*args, **kwargs).dim
+        start = run_encoder(self.encoder, self.encoder_input(*args, **kwargs))
         if start.dim() != 2 or start.shape[-1] not in (dim, 2 * dim):
             raise ValueError(
                 f"the encoder of a Laplace guide must return the start of the search, [B, {dim}] (or [B, {2 * dim}], "
@@ -119,7 +121,7 @@ class Laplace(DensityGuide):
 
     def mode(self, *args: Any, **kwargs: Any) -> Mode:
         """Search the modes and report how it went, without gradient."""
-        with torch.no_grad():
+        with self._aside(), torch.no_grad():
             return self._search(*args, **kwargs)
 
     def _search(self, *args: Any, **kwargs: Any) -> Mode:

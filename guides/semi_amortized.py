@@ -56,7 +56,10 @@ class SemiAmortized(FamilyGuide):
         max_norm: float | Mapping[str, float] | None = 5.0,
     ) -> None:
         if not isinstance(base, FamilyGuide):
-            raise TypeError(f"SemiAmortized refines a guide with a family, got {type(base).__name__}")
+            raise TypeError(
+                f"SemiAmortized refines a guide with a family, got {type(base).__name__}: pass the guide alone, "
+                "SemiAmortized(Amortized(model, encoder), num_steps=10)"
+            )
         if num_steps < 0 or num_samples < 1 or not 0 <= momentum < 1:
             raise ValueError("SemiAmortized needs num_steps >= 0, num_samples >= 1 and momentum in [0, 1)")
         for value in step_size.values() if isinstance(step_size, Mapping) else (step_size,):
@@ -82,10 +85,14 @@ class SemiAmortized(FamilyGuide):
         return self.base.family(*args, **kwargs)
 
     def lam(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.path(*args, **kwargs)[-1]
+        return self._path(*args, **kwargs)[-1]
 
     def path(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """`lam_0, ..., lam_K`, each `[B, P]`."""
+        with self._aside():
+            return self._path(*args, **kwargs)
+
+    def _path(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         lam = self.base.lam(*args, **kwargs)
         path = [lam]
         if self.num_steps == 0:

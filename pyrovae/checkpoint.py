@@ -9,6 +9,7 @@ temporary file and renamed, so the file on disk is always whole.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import random
@@ -44,9 +45,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: no PyroVAE checkpoint, or a truncated one.
     """
+    data = io.BytesIO(Path(path).read_bytes())
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        content = torch.load(data, weights_only=True, map_location="cpu")
+    # torch reports a damaged file in any of these ways
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({type(error).__name__}): it is left as it is; restore a copy, or "
             "pass another path to start afresh"

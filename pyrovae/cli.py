@@ -39,8 +39,8 @@ def compare(
     from pyrovae.recipes import GUIDES
 
     console = Console()
-    if console.width < 140:  # the tables need the room; narrower terminals wrap lines instead of cells
-        console = Console(width=140)
+    if console.width < 170:  # the tables need the room; narrower terminals wrap lines instead of cells
+        console = Console(width=170)
     names = tuple(name.strip() for name in guides.split(",") if name.strip()) or tuple(GUIDES)
     try:
         settings = Settings(

@@ -176,7 +176,6 @@ class _Job:
             guide = build_guide(name, vae, s.seed, s.device)
             o.models[name], o.guides[name] = vae, guide
             o.fits[name] = self._fit(name, vae, guide, s.epochs, s.learning_rate, "checkpoints")
-            o.fits[name].state.clear()  # modules hold all parameters; the store's state is not needed again
 
     def tune_all(self) -> None:
         """Every guide on one frozen decoder; encoders start from the decoder's own run and are tuned to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 __all__ = ["GuideTraits", "LossTraits", "ModelTraits", "compatible", "require_compatible"]
@@ -60,7 +61,7 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
     """
     m: ModelTraits | None = getattr(model, "traits", None)
     g: GuideTraits | None = getattr(guide, "traits", None)
-    t: LossTraits | None = getattr(loss, "traits", None)
+    t: LossTraits | None = getattr(loss() if isinstance(loss, partial) else loss, "traits", None)
     if m and g and m.latents not in g.latents:
         return f"{g.name} treats {' and '.join(g.latents)} latents, but the model's are {m.latents}"
     if not (g and t):

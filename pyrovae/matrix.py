@@ -22,7 +22,8 @@ def matrix() -> str:
         >>> print(matrix().splitlines()[0])
         | guide | `ELBO` | `ELBO(stratified)` | `IWAE-5` | `E_q log p(x,z)` |
     """
-    columns = {name: make() for name, make in losses.REGISTRY.items()}
+    registry: dict[str, Any] = losses.REGISTRY
+    columns = {name: make() for name, make in registry.items()}
     reasons: dict[str, int] = {}
     lines = [_line(["guide", *(f"`{name}`" for name in columns)]), _line(["---"] * (1 + len(columns)))]
     for name, guide in _rows().items():

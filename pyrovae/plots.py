@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,15 @@ _TRUTH = "#777777"
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    class Shown(Figure):
+        """A figure that notebooks show whether or not pyplot is in use."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    return Shown(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def posterior(
@@ -41,10 +50,10 @@ def posterior(
     figure = _figure(2.3 * max(1, len(guides)) + 0.4, 2.3 * len(data) + 0.3)
     axes = figure.subplots(len(data), max(1, len(guides)), squeeze=False, sharex="row", sharey="row")
     for row, datum in enumerate(data):
-        truth = reference[:, datum].double()
+        truth = reference[:, datum].detach().double()
         i, j = _correlated(truth) if dims is None else dims
         for column, (name, draws) in enumerate(guides.items()):
-            axis, mine = axes[row, column], draws[:, datum].double()
+            axis, mine = axes[row, column], draws[:, datum].detach().double()
             axis.scatter(*_thin(truth, i, j), s=5, color=_TRUTH, alpha=0.35, linewidths=0, label="reference")
             axis.scatter(*_thin(mine, i, j), s=5, color=COLORS[column % len(COLORS)], alpha=0.35, linewidths=0)
             axis.add_patch(_ellipse(truth[:, [i, j]], "#222222"))

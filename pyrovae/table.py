@@ -94,7 +94,10 @@ def to_rich(title: str, rows: Sequence[Row], caption: str = "") -> Any:
     from rich.table import Table
 
     columns = columns_of(rows)
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
+        caption_justify="left",
+    )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "guide" else "right", no_wrap=True)
     for row in rows:

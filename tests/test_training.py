@@ -338,6 +338,7 @@ class Explodes(nn.Module):
 
     def forward(self, x):
         pyro.module("decoder", self.decoder)
+        pyro.module("norm", self.norm)
         tilt = pyro.param("tilt", torch.zeros(PIXELS))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
@@ -347,7 +348,6 @@ class Explodes(nn.Module):
             scale = torch.ones(())
             if self.calls > self.at and self.how == "value":
                 scale, loc = scale * torch.nan, loc * torch.nan
-                self.norm.running_mean.fill_(torch.nan)
             if self.calls > self.at and self.how == "gradient":
                 loc = loc + (tilt * 0).square().sum().sqrt()  # value 0, derivative 0 / 0
             pyro.sample("x", dist.Normal(loc, scale, validate_args=False).to_event(1), obs=x)

@@ -16,7 +16,7 @@ def khat(model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 1
     """Pareto k-hat of every datum's importance weights, `[B]` (Yao, Vehtari, Simpson & Gelman 2018).
 
     Below 0.5 good, 0.5 to 0.7 usable with reweighting, above 0.7 unreliable. It judges the region the guide covers:
-    a missed mode leaves no trace in it (a single Gaussian on one of two equal modes has k-hat 0.69).
+    a missed mode leaves no trace in it (a single Gaussian on one of two equal, distant modes reads below 0.7).
 
     Options as in `evidence.log_weights`.
     """

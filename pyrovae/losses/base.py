@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer.elbo import ELBO as PyroELBO
 from torch import Tensor
 
+from pyrovae import store
 from pyrovae.compat import LossTraits, require_compatible
 from pyrovae.errors import IncompatibleError
 
@@ -51,7 +52,7 @@ class PerDatumLoss(PyroELBO):
     def per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The objective per datum, `[B]`, nats, larger is better."""
         require_pair(model, guide, self)
-        with poutine.block(), guide.in_program():
+        with store.isolated(), poutine.block(), guide.in_program():
             return self._per_datum(model, guide, *args, **kwargs)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

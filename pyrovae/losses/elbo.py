@@ -17,7 +17,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae import handlers
+from pyrovae import handlers, store
 from pyrovae.compat import LossTraits
 from pyrovae.losses.base import PerDatumLoss, require_pair
 from pyrovae.plates import per_datum
@@ -60,8 +60,9 @@ class ReparamELBO(TraceMeanField_ELBO):
         """The ELBO per datum, `[B]`, nats."""
         plate = getattr(guide, "plate", self.plate)
         total: Any = 0.0
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            total = total + _terms(model_trace, guide_trace, plate) / self.num_particles
+        with store.isolated():  # not blocked: annealing outside must reach the sites
+            for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+                total = total + _terms(model_trace, guide_trace, plate) / self.num_particles
         return total
 
 
@@ -98,3 +99,6 @@ class StratifiedELBO(PerDatumLoss):
         log_joint = guide.space(*args, **kwargs).bind(*args, **kwargs)
         beta = handlers.kl_weight()
         return torch.sum(log_weights.exp() * (log_joint(u, beta) - beta * log_q), 0)
+
+
+ELBO.traits = ReparamELBO.traits  # type: ignore[attr-defined]  # so that `compatible` can ask about the default

@@ -1,0 +1,256 @@
+"""The losses: equal to Pyro's where they must be, per datum before any reduction, refused where they mean nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from bench import problems
+from guides_registry import DENSITY, GUIDES
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+from pyrovae import guides, handlers, losses, models
+from pyrovae.compat import compatible
+from pyrovae.errors import IncompatibleError, ScaleError
+from pyrovae.models import PPCA, VAE
+from pyrovae.nets import LinearHeadDecoder
+
+PIXELS, DIM, ROWS = 6, 3, 4
+
+
+def vae(dtype=torch.float64):
+    torch.manual_seed(1)
+    return VAE(LinearHeadDecoder(DIM, [8], (PIXELS,)).to(dtype), DIM, "gaussian")
+
+
+def ppca():
+    generator = torch.Generator().manual_seed(0)
+    return PPCA(torch.randn(PIXELS, DIM, generator=generator, dtype=torch.double), noise=0.7)
+
+
+MODELS = {"vae": vae, "ppca": ppca}
+
+
+def data(rows=ROWS):
+    return torch.randn(rows, PIXELS, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(loss, model, guide, *args):
+    for parameter in (*model.parameters(), *guide.parameters()):
+        parameter.grad = None
+    torch.manual_seed(5)
+    with pyro.get_param_store().scope():
+        value = loss.loss_and_grads(model, guide, *args)
+    return value, [p.grad for p in (*model.parameters(), *guide.parameters())]
+
+
+def test_every_registered_model_is_tested():
+    assert set(MODELS) == set(models.REGISTRY)
+
+
+@pytest.mark.parametrize("name", [n for n in DENSITY if "mixture" not in n])
+@pytest.mark.parametrize("particles", [1, 3])
+def test_elbo_is_trace_mean_field_elbo(name, particles):
+    """Same seed, same value and gradients, to rounding."""
+    model = vae()
+    guide = GUIDES[name](model, PIXELS, DIM, torch.float64)
+    theirs = gradients(TraceMeanField_ELBO(num_particles=particles), model, guide, data())
+    ours = gradients(losses.ELBO(num_particles=particles), model, guide, data())
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("loss_name", losses.REGISTRY)
+@pytest.mark.parametrize("guide_name", GUIDES)
+def test_every_triple_runs_or_raises_what_compatible_says(model_name, guide_name, loss_name):
+    model = MODELS[model_name]()
+    guide, loss = GUIDES[guide_name](model, PIXELS, DIM, torch.float64), losses.REGISTRY[loss_name]()
+    reason = compatible(model, guide, loss)
+    if reason is not None:
+        for call in (loss.loss, loss.loss_and_grads, loss.per_datum):
+            with pytest.raises(IncompatibleError) as raised:
+                call(model, guide, data())
+            assert str(raised.value) == reason
+        return
+    value, grads = gradients(loss, model, guide, data())
+    assert math.isfinite(value)
+    assert any(g is not None and g.abs().sum() > 0 for g in grads)
+    torch.manual_seed(5)
+    rows = loss.per_datum(model, guide, data())
+    assert rows.shape == (ROWS,)
+    assert -float(rows.detach().sum()) == pytest.approx(value, rel=1e-9)  # a sum of per_datum is minus the loss
+
+
+def test_the_matrix_of_guides_and_losses():
+    """Which pairs go together, written down once more: a change of traits must be meant."""
+    model = vae()
+    found = {
+        guide: {name for name, loss in losses.REGISTRY.items()
+                if compatible(model, build(model, PIXELS, DIM, torch.float64), loss()) is None}
+        for guide, build in GUIDES.items()
+    }  # fmt: skip
+    strat, plain = {"ELBO(stratified)"}, {"ELBO", "IWAE-5"}
+    for guide, names in found.items():
+        if "short-run" in guide:
+            assert names == {"E_q log p(x,z)"}, guide
+        elif "mixture" in guide:
+            assert names == strat, guide
+        elif "laplace" in guide:
+            assert names - strat == plain, guide
+        else:
+            assert names == plain | strat, guide
+
+
+@pytest.mark.parametrize("loss_name", [n for n in losses.REGISTRY if n != "E_q log p(x,z)"])
+def test_subsampling_multiplies_afterwards(loss_name):
+    """loss = -(N / B) sum of per_datum, and per_datum does not know N."""
+    x, index = torch.randn(5, 1), torch.tensor([3, 4, 50, 98, 99])
+    net = nn.Linear(1, 2)
+    found = []
+    for size in (100, 1000):
+        def model(x, index, size=size):
+            problems.subsampled(x, index, size)
+
+        guide, loss = guides.Amortized(model, net), losses.REGISTRY[loss_name]()
+        torch.manual_seed(3)
+        rows = loss.per_datum(model, guide, x, index)
+        torch.manual_seed(3)
+        with pyro.get_param_store().scope():
+            value = loss.loss(model, guide, x, index)
+        assert value == pytest.approx(-float(rows.sum()) * size / 5, rel=1e-5)
+        found.append(rows.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_stratified_with_one_component_is_the_elbo():
+    """M = 1: one draw with weight 1; equal to Trace_ELBO in expectation, value within 3 se of both, gradients too."""
+    model = vae()
+    base = GUIDES["amortized"](model, PIXELS, DIM, torch.float64)
+    one = guides.Mixture([base])
+    x = data()
+
+    def sample(loss, guide, number=300):
+        values, grads = [], []
+        for seed in range(number):
+            torch.manual_seed(seed + (0 if guide is one else 10_000))
+            for p in (*model.parameters(), *base.parameters()):
+                p.grad = None
+            with pyro.get_param_store().scope():
+                values.append(loss.loss_and_grads(model, guide, x))
+            grads.append(torch.cat([p.grad.flatten() for p in (*model.parameters(), *base.parameters())]))
+        return torch.tensor(values, dtype=torch.double), torch.stack(grads)
+
+    (a, ga), (b, gb) = sample(losses.ELBO("stratified"), one), sample(Trace_ELBO(), base)
+    assert abs(a.mean() - b.mean()) < 3 * (a.var() / 300 + b.var() / 300).sqrt()
+    z = (ga.mean(0) - gb.mean(0)) / ((ga.var(0) + gb.var(0)) / 300 + 1e-12).sqrt()
+    assert z.abs().max() < 4.5  # of about 170 components
+    assert abs(float(z.square().mean()) - 1) < 0.6
+
+
+def test_annealing_of_every_loss():
+    """beta * (KL part) + (data part): linear in beta at the same draws, and per_datum is annealed like the loss."""
+    model = vae()
+    for name, estimator in (("amortized", "reparam"), ("laplace", "reparam"), ("mixture", "stratified")):
+        guide, loss = GUIDES[name](model, PIXELS, DIM, torch.float64), losses.ELBO(estimator)
+        values = []
+        for beta in (0.0, 0.5, 1.0):
+            torch.manual_seed(0)
+            with handlers.anneal(beta), pyro.get_param_store().scope():
+                values.append(loss.loss(model, guide, data()))
+        if name == "laplace":  # the mode itself moves with beta
+            assert values[0] != values[2]
+            continue
+        assert values[1] == pytest.approx((values[0] + values[2]) / 2, rel=1e-10)
+        torch.manual_seed(0)
+        with torch.no_grad(), handlers.anneal(0.5):
+            rows = loss.per_datum(model, guide, data())
+        assert -float(rows.sum()) == pytest.approx(values[1], rel=1e-10)
+        assert values[0] < values[2]
+    guide = GUIDES["amortized"](model, PIXELS, DIM, torch.float64)
+    with handlers.anneal(0.5), pytest.raises(ScaleError, match="not a bound"):
+        losses.IWAE(3).loss(model, guide, data())
+
+
+def test_iwae_rises_towards_the_evidence_and_never_above():
+    model = ppca()
+    torch.manual_seed(0)
+    guide = GUIDES["amortized"](model, PIXELS, DIM, torch.float64)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.mul_(0.3)
+    x = data()
+    truth = model.log_evidence(x).detach()
+    means, ses = [], []
+    for number in (1, 4, 16, 64, 256):
+        with torch.no_grad():
+            runs = torch.stack([losses.IWAE(number).per_datum(model, guide, x) for _ in range(200)])
+        means.append(runs.mean(0))
+        ses.append(runs.std(0) / 200**0.5)
+        assert (means[-1] < truth + 4 * ses[-1]).all()
+    for k in range(4):
+        assert (means[k + 1] > means[k] - 4 * (ses[k] ** 2 + ses[k + 1] ** 2).sqrt()).all()
+    assert (means[-1] - means[0] > 4 * ses[0]).all()
+
+
+def test_iwae_at_the_exact_posterior_is_the_evidence():
+    model = ppca()
+    guide = guides.Laplace(model, nn.Linear(PIXELS, DIM).double(), num_steps=2)
+    with torch.no_grad():
+        torch.testing.assert_close(losses.IWAE(3).per_datum(model, guide, data()), model.log_evidence(data()))
+
+
+def test_expected_log_joint_is_the_mean_log_density_at_the_draws():
+    model = vae()
+    guide = GUIDES["short-run"](model, PIXELS, DIM, torch.float64)
+    torch.manual_seed(4)
+    value = losses.ExpectedLogJoint(num_particles=3).per_datum(model, guide, data())
+    torch.manual_seed(4)
+    draws = guide.sample(3, data())["z"]
+    by_hand = []
+    for z in draws:
+        trace = poutine.trace(poutine.condition(model, {"z": z})).get_trace(data())
+        trace.compute_log_prob()
+        by_hand.append(trace.nodes["z"]["log_prob"] + trace.nodes["x"]["log_prob"])
+    torch.testing.assert_close(value, torch.stack(by_hand).mean(0))
+    _, grads = gradients(losses.ExpectedLogJoint(), model, guide, data())
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+def test_expected_log_joint_counts_the_jacobian():
+    """u = log s: log p(s) + log s, here with s ~ Gamma(3, 2)."""
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    guide = guides.ShortRun(problems.gamma_normal, num_steps=2)
+    torch.manual_seed(0)
+    value = losses.ExpectedLogJoint().per_datum(problems.gamma_normal, guide, x)
+    torch.manual_seed(0)
+    draw = {k: v[0] for k, v in guide.sample(1, x).items()}
+    s, z = draw["s"], draw["z"]
+    by_hand = (
+        dist.Gamma(3.0, 2.0).log_prob(s) + s.log() + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        + dist.Normal((s * z.sum(-1)).unsqueeze(-1), 1.0).log_prob(x).sum(-1)
+    )  # fmt: skip
+    torch.testing.assert_close(value, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: losses.IWAE(0), "at least one sample"), (lambda: losses.ELBO("stratified", 0), "at least one sample"),
+     (lambda: losses.ExpectedLogJoint(-1), "at least one sample"), (lambda: losses.ELBO("nuts"), "estimator")],
+)  # fmt: skip
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_guide_of_another_model_is_refused():
+    guide = GUIDES["amortized"](vae(), PIXELS, DIM, torch.float64)
+    for name in ("ELBO", "ELBO(stratified)", "IWAE-5"):
+        with pytest.raises(IncompatibleError, match="another model"):
+            losses.REGISTRY[name]().loss(vae(), guide, data())
