@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pyrovae import data, guides, runtime
+from pyrovae.comparison.recipes import build_guide, build_model
 from pyrovae.latents import LatentSpace
-from pyrovae.recipes import build_guide, build_model
 from pyrovae.samplers.graph import differentiable_graph
 
 

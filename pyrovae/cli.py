@@ -35,8 +35,8 @@ def compare(
     from rich.markup import escape
 
     from pyrovae.comparison import Settings, run
+    from pyrovae.comparison.recipes import GUIDES
     from pyrovae.errors import CheckpointError, ParameterCollision, TrainingDiverged
-    from pyrovae.recipes import GUIDES
 
     console = Console()
     if console.width < 170:  # the tables need the room; narrower terminals wrap lines instead of cells

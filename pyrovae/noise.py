@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["active", "normal", "per_datum", "row_seeds"]
+__all__ = ["active", "mix", "normal", "per_datum", "row_seeds"]
 
 _generators: list[torch.Generator] | None = None
 
@@ -23,7 +23,7 @@ def per_datum(seed: int, indices: Sequence[int]) -> Iterator[None]:
     """Draw row b of every batch from a generator seeded by (seed, indices[b])."""
     global _generators
     outer = _generators
-    _generators = [torch.Generator().manual_seed(_mix(seed, index)) for index in indices]
+    _generators = [torch.Generator().manual_seed(mix(seed, index)) for index in indices]
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def normal(num_samples: int, rows: int, dim: int, *, like: Tensor) -> Tensor:
     return torch.stack(draws, dim=1).to(like.device)
 
 
-def _mix(seed: int, index: int) -> int:
+def mix(seed: int, index: int) -> int:
     """splitmix64 finaliser of (seed, index): neighbouring pairs give unrelated seeds."""
     mask = 2**64 - 1
     x = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xD1B54A32D192ED03) & mask

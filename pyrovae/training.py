@@ -92,7 +92,7 @@ def fit(
     optimizer: Any = None,
     epochs: int | None = None,
     max_steps: int | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     kl_weight: float | handlers.LinearSchedule = 1.0,
     validation: Tensor | tuple[Tensor, ...] | None = None,
@@ -109,6 +109,7 @@ def fit(
 
     Args:
         data: a tensor `[N, ...]` or a tuple of them; rows are mini-batched and passed as positional arguments.
+        batch_size: rows per step; 128 by default, all rows for a guide in joint mode (`plate=None`).
         loss: a Pyro loss; by default the ELBO (stratified for mixtures, E_q log p(x,z) for guides without density).
         optimizer: a `pyro.optim` optimiser or scheduler; Adam with step 1e-3 by default. It must be a fresh one. A
             scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training objective).
@@ -141,6 +142,8 @@ def fit(
         "batch_size": batch_size, "epochs": epochs, "max_steps": max_steps, "patience": patience,
         "checkpoint_every": checkpoint_every,
     })  # fmt: skip
+    if batch_size is None:
+        batch_size = len(tensors[0]) if getattr(guide, "plate", "data") is None else 128
     loss = default_loss(guide) if loss is None else loss
     require_compatible(model, guide, loss)
     optimizer = pyro.optim.Adam({"lr": 1e-3}) if optimizer is None else optimizer
@@ -274,7 +277,10 @@ class _Run:
         path: Path | None, every: int | None, identity: dict[str, Any], progress: bool, description: str | None,
     ) -> float:  # fmt: skip
         """Train to the end; returns the last KL weight."""
-        from tqdm.auto import tqdm
+        if progress:
+            from tqdm.auto import tqdm
+        else:  # tqdm.auto warns in notebooks that lack widgets, even for a bar that is never shown
+            from tqdm import tqdm
 
         at, size = self.at, len(self.tensors[0])
         per_epoch = -(-size // self.batch_size)
@@ -400,7 +406,7 @@ def _check(
         if tensors is None:
             continue
         if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
-            raise TypeError(f"{what} must be a tensor [N, ...] or a tuple of such tensors")
+            raise TypeError(f"{what} must be a tensor [N, ...] or a tuple of them (of a data set: images.train)")
         sizes = {len(t) for t in tensors}
         if len(sizes) != 1 or 0 in sizes:
             raise DataError(f"the {what} tensors must have the same, positive number of rows, got {sorted(sizes)}")

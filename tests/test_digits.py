@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from pyrovae import data, diagnose, evidence, fit
-from pyrovae.recipes import TUNED, build_guide, build_model
+from pyrovae.comparison.recipes import TUNED, build_guide, build_model
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +20,6 @@ def frozen():
     return vae, guide, images, evidence.log_weights(vae, guide, images.test)
 
 
-def paired(ours, theirs):
-    gain = ours.values - theirs.values
-    return float(gain.mean()), float(gain.std() / math.sqrt(len(gain)))
-
-
 @pytest.mark.parametrize("name", ["semi-amortized", "laplace", "mixture"])
 def test_guides_as_posteriors_of_one_frozen_decoder(frozen, name):
     vae, amortized, images, base = frozen
@@ -35,11 +28,11 @@ def test_guides_as_posteriors_of_one_frozen_decoder(frozen, name):
         fit(vae, guide, images.train, epochs=10, batch_size=100, progress=False)
     weights = evidence.log_weights(vae, guide, images.test)
     (elbo, iwae), (elbo_base, iwae_base) = evidence.summarize(weights), evidence.summarize(base)
-    gain, se = paired(elbo, elbo_base)
+    gain, se = evidence.difference(elbo, elbo_base)
     if name != "mixture":
         assert gain > 3 * se
     # The same decoder: every bound is one of the same log p(x), and no proposal may lose it.
-    change, se = paired(iwae, iwae_base)
+    change, se = evidence.difference(iwae, iwae_base)
     assert change > -3 * se
     assert float((diagnose.pareto_khat(weights) > 0.7).double().mean()) < 0.15
 

@@ -15,7 +15,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pyrovae import store
+from pyrovae import noise, store
 from pyrovae.batching import Batched
 from pyrovae.latents import LatentSpace
 from pyrovae.reference.posterior import Reference, data_fingerprint, status_of
@@ -70,7 +70,7 @@ def nuts(
 
         chains, divergences = [], 0
         for chain in range(num_chains):
-            torch.manual_seed(seed + chain)
+            torch.manual_seed(noise.mix(seed, chain))
             kernel = NUTS(potential_fn=potential, target_accept_prob=target_accept)
             mcmc = MCMC(
                 kernel,

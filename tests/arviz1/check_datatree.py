@@ -1,4 +1,4 @@
-"""The ArviZ >= 1 adapter on a saved nested dict; needs numpy, arviz >= 1, h5netcdf and h5py, but neither torch nor Pyro.
+"""The ArviZ >= 1 adapter on a saved nested dict; needs numpy, arviz >= 1, h5netcdf and h5py, no torch and no Pyro.
 
     python check_datatree.py nested.pkl      (run by `make test-arviz1` through tests/test_export.py)
 """

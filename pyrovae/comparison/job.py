@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,94 +20,14 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae import diagnose, evidence, reference, runtime, table
 from pyrovae.checkpoint import fingerprint
-from pyrovae.data.images import Binarization
+from pyrovae.comparison.outcome import Outcome, Settings, no_density
+from pyrovae.comparison.recipes import FROZEN_EXTRAS, GUIDES, TUNED, build_guide, build_model, hidden_width
 from pyrovae.guides.base import Guide
-from pyrovae.models import VAE
 from pyrovae.provenance import Provenance
-from pyrovae.recipes import FROZEN_EXTRAS, GUIDES, TUNED, build_guide, build_model, hidden_width
 from pyrovae.table import Number, Row
 from pyrovae.training import FitResult, fit
 
-__all__ = ["Outcome", "Settings", "run"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `pyrovae compare` was asked for."""
-
-    data: str = "digits"
-    guides: tuple[str, ...] = tuple(GUIDES)
-    latent_dim: int = 8
-    epochs: int = 60
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    out: str = "runs/compare"
-    quick: bool = False
-    binarization: Binarization = "static"
-    batch_size: int = 100
-    learning_rate: float = 1e-3
-    num_samples: int = 1000
-    num_reference: int = 4
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.guides if name not in GUIDES]
-        if unknown or not self.guides:
-            raise ValueError(f"unknown guides {unknown}: choose from {', '.join(GUIDES)}")
-        if self.latent_dim < 1 or self.epochs < 1:
-            raise ValueError("latent_dim and epochs must be at least 1")
-
-    @property
-    def tune_epochs(self) -> int:
-        """Epochs for which guides are tuned to the frozen decoder."""
-        return max(1, self.epochs // 6)
-
-    @property
-    def nuts(self) -> dict[str, Any]:
-        return {"num_samples": 100, "warmup": 100} if self.quick else {"num_samples": 500, "warmup": 200}
-
-
-@dataclass
-class Outcome:
-    """Everything the job found; the report and the JSON are views of it."""
-
-    settings: Settings
-    data: Any
-    provenance: Provenance
-    frozen_from: str = ""
-    phases: dict[str, float] = field(default_factory=dict)
-    fits: dict[str, FitResult] = field(default_factory=dict)
-    models: dict[str, VAE] = field(default_factory=dict)
-    guides: dict[str, Guide] = field(default_factory=dict)
-    frozen_guides: dict[str, Guide] = field(default_factory=dict)
-    end_to_end: list[Row] = field(default_factory=list)
-    frozen: list[Row] = field(default_factory=list)
-    references: dict[str, reference.Reference] = field(default_factory=dict)
-    draws: dict[str, Tensor] = field(default_factory=dict)
-    khats: dict[str, Tensor] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `comparison.json`."""
-        return {
-            "settings": asdict(self.settings),
-            "provenance": self.provenance.to_dict(),
-            "seconds_by_phase": self.phases,
-            "frozen_decoder": self.frozen_from,
-            "end_to_end": [row.to_dict() for row in self.end_to_end],
-            "frozen": [row.to_dict() for row in self.frozen],
-            "references": {
-                name: {
-                    "kind": r.kind, "rhat": _finite(r.rhat), "ess": _finite(r.ess), "status": list(r.status),
-                    "divergences": r.divergences, "seconds": r.seconds, "chains_by_draws": list(r.draws.shape[:2]),
-                }
-                for name, r in self.references.items()
-            },
-            "training": {
-                name: {"objective": f.objective, "curve": f.curve, "steps": f.steps, "seconds": f.seconds}
-                for name, f in self.fits.items()
-            },
-        }  # fmt: skip
+__all__ = ["run"]
 
 
 def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
@@ -201,11 +120,12 @@ class _Job:
             values = self._evaluate(name, guide)
             values["train s"] = Number(o.fits[name].seconds)
             o.end_to_end.append(Row(name, values, o.provenance))
-        base = o.frozen_guides[o.frozen_from]
+        own = next(row for row in o.end_to_end if row.guide == o.frozen_from)
         for name, guide in o.frozen_guides.items():
-            values = dict(o.end_to_end[0].values) if guide is base and o.frozen_from == self.settings.guides[0] else {}
-            values = values or self._evaluate(f"{name} (frozen decoder)", guide)
-            values.pop("train s", None)
+            if name == o.frozen_from:
+                values = {column: value for column, value in own.values.items() if column != "train s"}
+            else:
+                values = self._evaluate(f"{name} (frozen decoder)", guide)
             o.frozen.append(Row(name, values, o.provenance))
         self._differences()
 
@@ -243,7 +163,7 @@ class _Job:
     def _differences(self) -> None:
         """Paired per-datum differences from the frozen decoder's own guide."""
         o = self.outcome
-        base = self.weights.get(o.frozen_from, self.weights.get(f"{o.frozen_from} (frozen decoder)"))
+        base = self.weights.get(o.frozen_from)
         if base is None:
             return
         for row in o.frozen:
@@ -253,9 +173,7 @@ class _Job:
             for column, ours, theirs in zip(
                 ("ELBO", "IWAE"), evidence.summarize(weights), evidence.summarize(base), strict=True
             ):
-                gain = ours.values - theirs.values
-                se = float(gain.std() / math.sqrt(len(gain)))
-                row.values[f"Δ {column}"] = Number(float(gain.mean()), se)
+                row.values[f"Δ {column}"] = Number(*evidence.difference(ours, theirs))
 
     def sample_references(self) -> None:
         """NUTS on a few held-out data under every decoder, and every guide against its own decoder's."""
@@ -290,7 +208,7 @@ class _Job:
 
     def write(self) -> None:
         from pyrovae import export
-        from pyrovae.comparison_report import write_report
+        from pyrovae.comparison.page import write_report
 
         o = self.outcome
         x = self.test[: self.settings.num_reference]
@@ -302,22 +220,9 @@ class _Job:
         write_report(o, self.test, self.out / "report.html")
 
 
-def _finite(values: Tensor) -> list[float | None]:
-    """For JSON, which has no nan (the R-hat of a stuck chain)."""
-    return [float(value) if math.isfinite(value) else None for value in values]
-
-
 def _order(name: str) -> int:
     """Variants of a guide stand beside it."""
     return list(GUIDES).index(name.split(" ")[0])
-
-
-def no_density(outcome: Outcome) -> str:
-    """Why some cells have no bound, in words."""
-    names = [name for name, guide in outcome.guides.items() if not guide.traits.has_density]
-    if not names:
-        return ""
-    return f"{', '.join(names)}: draws without a density, trained on E_q log p(x,z), which is not a bound of log p(x)."
 
 
 def _median_se(values: Tensor, repeats: int = 200) -> float:

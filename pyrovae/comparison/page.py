@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyrovae import plots, report
-from pyrovae.recipes import TUNED
+from pyrovae.comparison.outcome import Outcome, no_density
+from pyrovae.comparison.recipes import TUNED
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.table import LEGEND, Number, Row
-
-if TYPE_CHECKING:
-    from pyrovae.comparison import Outcome
 
 __all__ = ["verdict", "write_report"]
 
 
 def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
     """Write the self-contained HTML page."""
-    from pyrovae.comparison import no_density
-
     o = outcome
     frozen = o.references[o.frozen_from]
     shown = list(range(min(3, frozen.draws.shape[2])))

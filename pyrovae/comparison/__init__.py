@@ -1,0 +1,6 @@
+"""The main job behind `pyrovae compare`: one model under every guide, all of them held against NUTS."""
+
+from pyrovae.comparison.job import run
+from pyrovae.comparison.outcome import Outcome, Settings
+
+__all__ = ["Outcome", "Settings", "run"]
