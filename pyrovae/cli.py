@@ -21,7 +21,7 @@ def compare(
     data: Annotated[str, typer.Option(help="digits, mnist, or a path to an .npz with 'train' and 'test'")] = "digits",
     guides: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
     latent_dim: Annotated[int, typer.Option(min=1, help="latents per datum")] = 8,
-    epochs: Annotated[int, typer.Option(min=1, help="training epochs of every guide (5 with --quick)")] = 60,
+    epochs: Annotated[int, typer.Option(min=1, help="training epochs of every guide (5 with --quick)")] = 50,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default for small nets")] = None,

@@ -27,7 +27,7 @@ class Settings:
     data: str = "digits"
     guides: tuple[str, ...] = tuple(GUIDES)
     latent_dim: int = 8
-    epochs: int = 60
+    epochs: int = 50
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
