@@ -8,23 +8,21 @@ temporary file and renamed, so the file on disk is always whole.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyrovae.errors import CheckpointError
 
-__all__ = ["fingerprint", "load", "restore_modules", "restore_optimizer", "restore_rng", "rng_state", "save",
+__all__ = ["load", "restore_modules", "restore_optimizer", "restore_rng", "rng_state", "save",
            "snapshot_modules", "snapshot_optimizer"]  # fmt: skip
 
 FORMAT = 1
@@ -57,15 +55,6 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a PyroVAE checkpoint of format {FORMAT}: pass another path")
     return content
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """sha256 of tensors, shapes and dtypes included."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:

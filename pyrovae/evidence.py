@@ -22,6 +22,7 @@ from pyrovae import noise, store
 from pyrovae.batching import Batched, RowArguments
 from pyrovae.losses.base import require_pair
 from pyrovae.plates import read_plate
+from pyrovae.provenance import Provenance, require_comparable
 from pyrovae.runtime import evaluating, preserve_rng
 
 __all__ = ["Estimate", "difference", "elbo", "iwae", "log_weights", "per_chunk", "summarize"]
@@ -37,6 +38,7 @@ class Estimate:
         values: `[B]`, nats.
         se: `[B]`, Monte Carlo standard error of each value.
         num_samples: draws per datum.
+        provenance: of the numbers, where it is known.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Estimate:
     values: Tensor
     se: Tensor
     num_samples: int
+    provenance: Provenance | None = None
 
     @property
     def mean(self) -> float:
@@ -154,7 +157,7 @@ def log_weights(
     return weights.double()
 
 
-def summarize(weights: Tensor) -> tuple[Estimate, Estimate]:
+def summarize(weights: Tensor, provenance: Provenance | None = None) -> tuple[Estimate, Estimate]:
     """(ELBO, IWAE) from log-weights `[S, B]`.
 
     Standard errors per datum: sd(log w) / sqrt(S) and, by the delta method, sqrt(sum w^2 / (sum w)^2 - 1/S); nan for
@@ -166,8 +169,8 @@ def summarize(weights: Tensor) -> tuple[Estimate, Estimate]:
     inverse_ess = torch.exp(torch.logsumexp(2 * weights, 0) - 2 * torch.logsumexp(weights, 0))
     se = (inverse_ess - 1 / number).clamp_min(0).sqrt() if number > 1 else spread
     return (
-        Estimate("ELBO", "lower bound", weights.mean(0), spread / math.sqrt(number), number),
-        Estimate(f"IWAE-{number}", "lower bound", bound, se, number),
+        Estimate("ELBO", "lower bound", weights.mean(0), spread / math.sqrt(number), number, provenance),
+        Estimate(f"IWAE-{number}", "lower bound", bound, se, number, provenance),
     )
 
 
@@ -178,6 +181,8 @@ def difference(first: Estimate, second: Estimate) -> tuple[float, float]:
     """
     if first.values.shape != second.values.shape:
         raise ValueError(f"paired differences need the same data: {len(first.values)} against {len(second.values)}")
+    if first.provenance is not None and second.provenance is not None:
+        require_comparable(first.provenance, second.provenance)
     gain = first.values - second.values
     if len(gain) == 1:
         return float(gain[0]), math.hypot(float(first.se[0]), float(second.se[0]))
@@ -186,9 +191,20 @@ def difference(first: Estimate, second: Estimate) -> tuple[float, float]:
 
 def iwae(model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 1000, **kwargs: Any) -> Estimate:
     """Importance-weighted bound per datum (Burda, Grosse & Salakhutdinov 2016); options as in `log_weights`."""
-    return summarize(log_weights(model, guide, *args, num_samples=num_samples, **kwargs))[1]
+    return _estimates(model, guide, args, kwargs, num_samples)[1]
 
 
 def elbo(model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 100, **kwargs: Any) -> Estimate:
     """ELBO per datum from sampled weights; options as in `log_weights`."""
-    return summarize(log_weights(model, guide, *args, num_samples=num_samples, **kwargs))[0]
+    return _estimates(model, guide, args, kwargs, num_samples)[0]
+
+
+def _estimates(
+    model: Callable[..., Any], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int
+) -> tuple[Estimate, Estimate]:
+    weights = log_weights(model, guide, *args, num_samples=num_samples, **kwargs)
+    data = {name: value for name, value in kwargs.items() if name not in ("seed", "chunk", "indices", "progress")}
+    provenance = Provenance.of_call(
+        args, data, num_data=weights.shape[1], seed=kwargs.get("seed", 0), num_samples=num_samples
+    )
+    return summarize(weights, provenance)

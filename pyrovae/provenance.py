@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-__all__ = ["Provenance", "require_comparable"]
+__all__ = ["Provenance", "fingerprint", "require_comparable"]
 
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")}}
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """sha256 of tensors, shapes and dtypes included."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -32,13 +45,13 @@ class Provenance:
         versions: of the software.
     """
 
-    data: str
-    fingerprint: str
-    split: str
-    num_data: int
-    binarization: str
-    likelihood: str
-    seed: int
+    data: str = "unnamed"
+    fingerprint: str = ""
+    split: str = ""
+    num_data: int = 0
+    binarization: str = ""
+    likelihood: str = ""
+    seed: int | None = 0
     num_samples: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
@@ -47,6 +60,14 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=_versions)
 
     comparable_fields = ("data", "fingerprint", "split", "num_data", "binarization", "likelihood", "kl_weight")
+
+    @classmethod
+    def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any], **known: Any) -> Provenance:
+        """What can be told from the arguments a program was called with; `dataclasses.replace` adds names."""
+        tensors = [leaf for leaf in pytree.tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        first = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+        dtype = str(first.dtype).removeprefix("torch.")
+        return cls(fingerprint=fingerprint(tensors), dtype=dtype, device=str(first.device), **known)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

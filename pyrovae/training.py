@@ -29,6 +29,7 @@ from pyrovae.compat import require_compatible
 from pyrovae.diverged import diagnose_nan
 from pyrovae.errors import CheckpointError, DataError, ParameterCollision, PlateError, TrainingDiverged
 from pyrovae.plates import read_plate
+from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.runtime import evaluating, modules_of, preserve_rng, seeded
 
 __all__ = ["FitResult", "fit"]
@@ -45,6 +46,7 @@ class FitResult:
         validation: `[evaluations]` of (epoch, held-out objective), nats per datum.
         best_epoch: epoch whose weights were kept: the best held-out one with `patience`, else the last one.
         kl_weight: weight of the KL at the last step.
+        provenance: of the curves (training data).
         seconds: of this call.
         state: the parameter store's state after training.
     """
@@ -57,6 +59,7 @@ class FitResult:
     best_epoch: int
     kl_weight: float
     seconds: float
+    provenance: Provenance
     state: dict[str, Any] = field(repr=False)
 
     @contextmanager
@@ -173,6 +176,7 @@ def fit(
         objective=run.objective, steps=where.step, epochs=where.epoch, curve=where.curve,
         validation=where.validation, best_epoch=where.best_epoch if where.best_state is not None else where.epoch,
         kl_weight=final, seconds=time.perf_counter() - began, state=state,
+        provenance=Provenance.of_call(tensors, {}, num_data=len(tensors[0]), seed=seed, split="train", kl_weight=final),
     )  # fmt: skip
 
 
@@ -219,8 +223,8 @@ class _Run:
         modules = modules_of(self.model, self.guide)
         frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
         return {
-            "data": ckpt.fingerprint(self.tensors), "batch_size": self.batch_size,
-            "seed": -1 if seed is None else seed, "set_of_frozen_weights": ckpt.fingerprint(frozen),
+            "data": fingerprint(self.tensors), "batch_size": self.batch_size,
+            "seed": -1 if seed is None else seed, "set_of_frozen_weights": fingerprint(frozen),
         }  # fmt: skip
 
     def create_parameters(self, outer: dict[str, Tensor]) -> None:

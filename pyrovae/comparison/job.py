@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import diagnose, evidence, reference, runtime, table
-from pyrovae.checkpoint import fingerprint
 from pyrovae.comparison.outcome import Outcome, Settings, no_density
 from pyrovae.comparison.recipes import FROZEN_EXTRAS, GUIDES, TUNED, build_guide, build_model, hidden_width
 from pyrovae.guides.base import Guide
-from pyrovae.provenance import Provenance
+from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.table import Number, Row
 from pyrovae.training import FitResult, fit
 
@@ -47,6 +47,7 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
         data=images.name, fingerprint=images.fingerprint, split="test", num_data=len(test),
         binarization=images.binarization, likelihood=likelihood, seed=settings.seed,
         num_samples=settings.num_samples, device=settings.device, threads=threads,
+        dtype=str(test.dtype).removeprefix("torch."),
     ))  # fmt: skip
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ class _Job:
         for name, guide in o.guides.items():
             values = self._evaluate(name, guide)
             values["train s"] = Number(o.fits[name].seconds)
-            o.end_to_end.append(Row(name, values, o.provenance))
+            o.end_to_end.append(Row(name, values, replace(o.provenance, kl_weight=o.fits[name].kl_weight)))
         own = next(row for row in o.end_to_end if row.guide == o.frozen_from)
         for name, guide in o.frozen_guides.items():
             if name == o.frozen_from:

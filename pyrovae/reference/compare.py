@@ -15,7 +15,8 @@ from torch import Tensor
 from pyrovae.diagnose.distance import sd_ratio, sliced_w2, standardized_mean_error
 from pyrovae.errors import ReferenceRefused
 from pyrovae.evidence import per_chunk
-from pyrovae.reference.posterior import Reference, data_fingerprint
+from pyrovae.provenance import Provenance
+from pyrovae.reference.posterior import Reference
 
 __all__ = ["Comparison", "compare"]
 
@@ -33,6 +34,7 @@ class Comparison:
         sd_ratio_floor: `[B, D]`, sd of one half over the other.
         refused: indices of data whose reference did not mix.
         draws: the guide's draws, `[S, B, D]`, unconstrained.
+        provenance: of the reference.
     """
 
     guide: str
@@ -44,6 +46,7 @@ class Comparison:
     sliced_w2_floor: Tensor
     refused: tuple[int, ...]
     draws: Tensor
+    provenance: Provenance
 
     def summary(self) -> dict[str, float]:
         """Means over the data that were not refused."""
@@ -84,7 +87,7 @@ def compare(
             f"{float(reference.rhat.max()):.2f}): its chains sit in different places, so it cannot judge a guide; run "
             "longer chains or use reference.exact"
         )
-    if data_fingerprint(args, kwargs) != reference.data:
+    if Provenance.of_call(args, kwargs).fingerprint != reference.provenance.fingerprint:
         raise ValueError("the guide was called on other data than the reference: pass those it was made for")
     draws = per_chunk(
         lambda *a, **k: guide.draws(num_samples, *a, **k), (guide.model, guide), args, kwargs,
@@ -110,4 +113,5 @@ def compare(
         sliced_w2_floor=measured(sliced_w2, first, second),
         refused=tuple(int(i) for i in (~usable).nonzero().flatten()),
         draws=draws,
+        provenance=reference.provenance,
     )

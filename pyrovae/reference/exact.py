@@ -20,7 +20,8 @@ from torch import Tensor
 from pyrovae import store
 from pyrovae.batching import Batched
 from pyrovae.latents import LatentSpace
-from pyrovae.reference.posterior import Reference, data_fingerprint
+from pyrovae.provenance import Provenance
+from pyrovae.reference.posterior import Reference
 from pyrovae.runtime import evaluating, seeded
 
 __all__ = ["exact"]
@@ -68,7 +69,8 @@ def exact(
     return Reference(
         kind="exact", space=space, draws=draws.unsqueeze(0), rhat=torch.ones(rows),
         ess=torch.full((rows,), float(num_samples)), divergences=0, status=("ok",) * rows,
-        mean=mean, sd=sd, log_evidence=evidence, data=data_fingerprint(args, kwargs),
+        mean=mean, sd=sd, log_evidence=evidence,
+        provenance=Provenance.of_call(args, kwargs, num_data=rows, seed=seed, num_samples=num_samples),
         seconds=time.perf_counter() - began,
     )  # fmt: skip
 

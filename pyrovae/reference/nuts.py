@@ -18,7 +18,8 @@ from torch import Tensor
 from pyrovae import noise, store
 from pyrovae.batching import Batched
 from pyrovae.latents import LatentSpace
-from pyrovae.reference.posterior import Reference, data_fingerprint, status_of
+from pyrovae.provenance import Provenance
+from pyrovae.reference.posterior import Reference, status_of
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.samplers.graph import differentiable_graph
 
@@ -91,7 +92,8 @@ def nuts(
     pooled = draws.double().flatten(0, 1)
     return Reference(
         kind="nuts", space=space, draws=draws, rhat=rhat, ess=ess, divergences=divergences, status=status,
-        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None, data=data_fingerprint(args, kwargs),
+        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None,
+        provenance=Provenance.of_call(args, kwargs, num_data=draws.shape[2], seed=seed, num_samples=num_samples),
         seconds=time.perf_counter() - began, initial=start, lp=lp,
     )  # fmt: skip
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from pyrovae.checkpoint import fingerprint
 from pyrovae.diagnose.convergence import ess_bulk, ess_tail, split_rhat
 from pyrovae.latents import LatentSpace
+from pyrovae.provenance import Provenance
 
-__all__ = ["Reference", "data_fingerprint", "status_of"]
+__all__ = ["Reference", "status_of"]
 
 OK, FEW, UNMIXED = "ok", "not enough draws", "did not mix"
 
@@ -32,7 +30,7 @@ class Reference:
         status: per datum "ok", "not enough draws" (usable, noisy) or "did not mix" (refused).
         mean, sd: `[B, D]`, exact where known, else from the draws.
         log_evidence: `[B]`, exact log p(x) in nats, or None.
-        data: fingerprint of the arguments it was made for.
+        provenance: of the draws; its fingerprint is that of the arguments they were made for.
         seconds: what it cost.
         initial: `[C, B, D]` starting points of the chains, or None.
         lp: `[C, S, B]`, log-joint at the draws, nats, or None.
@@ -48,7 +46,7 @@ class Reference:
     mean: Tensor
     sd: Tensor
     log_evidence: Tensor | None
-    data: str
+    provenance: Provenance
     seconds: float
     initial: Tensor | None = None
     lp: Tensor | None = None
@@ -75,12 +73,6 @@ class Reference:
             f"{float(self.rhat.max()):.3f}, ESS >= {float(self.ess.min()):.0f}, {self.divergences} divergences, "
             f"{self.seconds:.1f} s)"
         )
-
-
-def data_fingerprint(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Hash of all tensors among the arguments of a model."""
-    leaves = pytree.tree_flatten((args, kwargs))[0]
-    return fingerprint([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
 
 def status_of(draws: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
