@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
-# mypy needs one real tree: a farm of links in which models and guides lie inside the package.
+# mypy needs one real tree: a tree of links in which models and guides lie inside the package.
 typecheck: $(STAMP)
 	rm -rf build/mypy && mkdir -p build/mypy
 	cp -as $(CURDIR)/pyrovae build/mypy/pyrovae

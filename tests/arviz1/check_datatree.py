@@ -19,7 +19,7 @@ def main(path: str) -> None:
 
     assert int(az.__version__.split(".")[0]) >= 1, f"ArviZ {az.__version__} is the old one"
     assert importlib.util.find_spec("torch") is None, "this environment must do without torch"
-    # By path: the package itself imports torch.
+    # By path: the file stands alone.
     source = Path(__file__).parents[2] / "pyrovae" / "arviz_adapters.py"
     spec = importlib.util.spec_from_file_location("arviz_adapters", source)
     assert spec is not None
