@@ -87,8 +87,7 @@ class LatentSpace:
         self.sites, self.enumerated = structure.sites, structure.enumerated
         self.dim: int = sum(site.size for site in self.sites)
         self.dtype, self.device = structure.dtype, structure.device
-        self._checked: set[tuple[Any, ...]] = set()
-        self._foldable = True
+        self._foldable: dict[tuple[Any, ...], bool] = {}  # by shapes: whether rows can be taken and repeated
         self._warned = False
         with fresh():
             self.bind(*args, **kwargs)
@@ -111,10 +110,10 @@ class LatentSpace:
         rows = RowArguments(args, kwargs, 1 if plate is None else plate.size, self.batched)
         bound = LogJoint(self, rows)
         key = (rows.size, rows.shapes)
-        if plate is not None and key not in self._checked:
+        if plate is not None and key not in self._foldable:
             with preserve_rng(), torch.no_grad(), evaluating(self.model):
-                self._check_rows(bound)
-            self._checked.add(key)
+                self._foldable[key] = self._check_rows(bound)
+        bound.foldable = self._foldable.get(key, False)
         return bound
 
     def log_joint(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,7 +151,8 @@ class LatentSpace:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         with isolated():
-            return prior_draw(self.structure, self.bind(*args, **kwargs).rows, num_samples, foldable=self._foldable)
+            bound = self.bind(*args, **kwargs)
+            return prior_draw(self.structure, bound.rows, num_samples, foldable=bound.foldable)
 
     def site_posteriors(self, guide_trace: Any) -> dict[str, Any]:
         """Each site's variational distribution in unconstrained coordinates, or None where there is no closed one.
@@ -161,7 +161,8 @@ class LatentSpace:
         """
         return site_posteriors(self.structure, guide_trace)
 
-    def _check_rows(self, bound: LogJoint) -> None:
+    def _check_rows(self, bound: LogJoint) -> bool:
+        """Whether rows can be taken and repeated; raises `BatchError` where they depend on one another."""
         rows, size = bound.rows, bound.rows.size
         u = 0.1 * torch.randn(2, size, self.dim, dtype=self.dtype, device=self.device)
         whole = bound(u[0])
@@ -171,8 +172,8 @@ class LatentSpace:
             f"{size} rows but is not data (pass batched=...), or rows that see each other"
         )
         if not rows.names():
-            self._foldable = False
-            return
+            return False
+        bound.foldable = True
         if size == 1:
             try:
                 part, expected = bound(u), torch.stack([whole, bound(u[1])])
@@ -183,9 +184,8 @@ class LatentSpace:
             args, kwargs = rows.rows(slice(0, half))
             plate = self.read_plate(*args, **kwargs)
             assert plate is not None
-            if plate.size != half:  # a plate of fixed size: no rows can be taken or repeated
-                self._foldable = False
-                return
+            if plate.size != half:  # a plate of fixed size
+                return False
             try:
                 part = LogJoint(self, RowArguments(args, kwargs, half, self.batched))(u[0, :half])
             except (RuntimeError, ValueError, IndexError) as error:
@@ -194,6 +194,7 @@ class LatentSpace:
         # Both runs may round differently; 1e-4 is far below any real dependence between rows.
         if not torch.allclose(part.double(), expected.double(), rtol=1e-4, atol=1e-3):
             raise BatchError(f"the log-joint of a row depends on the other rows of its batch {causes}")
+        return bound.foldable
 
 
 class LogJoint:
@@ -201,6 +202,7 @@ class LogJoint:
 
     def __init__(self, space: LatentSpace, rows: RowArguments) -> None:
         self.space, self.rows = space, rows
+        self.foldable = False  # set by `bind`: samples may be folded into the batch
         self._data_checked = False
         self._repeated: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -224,7 +226,7 @@ class LogJoint:
         flat = u.reshape(-1, size, space.dim)
         if space.plate is None:
             latent, observed = self._vmap(flat)
-        elif space._foldable:
+        elif self.foldable:
             latent, observed = self._folded(flat)
         else:
             latent, observed = self._loop(flat)
@@ -242,7 +244,7 @@ class LogJoint:
             args, kwargs = self.rows.repeat(times)
             assert self.space.plate is not None
             if read_plate(self.space.model, self.space.plate, args, kwargs).size != times * size:
-                self.space._foldable = False
+                self.foldable = False
                 return self._loop(u)
             self._repeated[times] = args, kwargs
         latent, observed = self._run(u.reshape(times * size, -1), *self._repeated[times])

@@ -266,7 +266,7 @@ def test_nested_and_keyword_arguments_are_repeated() -> None:
     expected = log_normal(z, 0.0, 1.0) + log_normal(X[:, 0], z + X[:, 1] + X[:, 0] ** 2, 0.5)
     expected = expected + log_normal(X[:, 1], 2 * z, 1.0)
     torch.testing.assert_close(space.log_joint(u, *args, **kwargs), expected)
-    assert space._foldable
+    assert space.bind(*args, **kwargs).foldable
 
 
 def test_batched_can_be_named() -> None:
@@ -623,3 +623,26 @@ def test_trace_and_validation_of_the_caller_are_left_alone() -> None:
         space.log_joint(draw(space, 5, 2), X[:, 0])
         space.prior(2, X[:, 0])
     assert not [name for name, node in outer.trace.nodes.items() if node["type"] == "sample"]
+
+
+def test_a_call_without_rows_leaves_later_calls_as_they_were() -> None:
+    """A call whose data are not among its arguments must not change how the next batch is evaluated or drawn from."""
+    stored = torch.tensor([0.5, -1.0, 2.0], dtype=torch.double)
+
+    def model(x: Tensor | None = None) -> None:
+        x = stored if x is None else x
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.0, 1.0], dtype=torch.double)
+    unused, used = LatentSpace(model, x), LatentSpace(model)
+    assert not used.bind().foldable
+    assert used.bind(x).foldable
+    with noise.per_datum(0, [0, 1]):
+        expected = unused.prior(3, x)
+    with noise.per_datum(0, [0, 1]):
+        assert torch.equal(used.prior(3, x), expected)
+    u = torch.randn(4, 3, 1, dtype=torch.double)
+    loop = torch.stack([used.log_joint(one) for one in u])
+    assert torch.allclose(used.log_joint(u), loop, atol=1e-12)

@@ -10,6 +10,7 @@ sampler's run with everything else fixed. It is compared with the program at oth
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,15 @@ def differentiable_graph(log_density: LogDensity, u: Tensor) -> Callable[[Tensor
 
     Returns:
         the same function. Where the recorded graph does not reproduce the program at other points (its control flow
-        depends on `u`), that is `log_density` itself.
+        depends on `u`), that is `log_density` itself, and a warning says so.
     """
+
+    def unrecorded() -> Callable[[Tensor], Tensor]:
+        warnings.warn(
+            "the log-density's control flow depends on the latents, so it cannot be recorded as a graph: the program "
+            "itself runs at every step, with the same numbers but slower", stacklevel=3,
+        )  # fmt: skip
+        return log_density
 
     def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -60,7 +68,7 @@ def differentiable_graph(log_density: LogDensity, u: Tensor) -> Callable[[Tensor
     except RuntimeError as error:
         if "data-dependent control flow" not in str(error):
             raise
-        return log_density
+        return unrecorded()
     graph.graph.eliminate_dead_code()
     graph.recompile()
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +76,7 @@ def differentiable_graph(log_density: LogDensity, u: Tensor) -> Callable[[Tensor
         point = u.detach() + scale * torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device)
         for ours, theirs in zip(graph(point), value_and_gradient(point), strict=True):
             if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True):
-                return log_density
+                return unrecorded()
 
     def fast(point: Tensor) -> Tensor:
         return _ValueWithGradient.apply(point, graph)

@@ -11,7 +11,6 @@ from pyro.infer import SVI, Trace_ELBO
 
 from pyrovae import diagnose, evidence, fit, guides, losses, reference
 from pyrovae.errors import ReferenceRefused
-from pyrovae.models import PPCA
 from pyrovae.nets import MLP
 
 X = torch.full((1, 1), 2.25).squeeze(-1)  # one datum; both modes at about 1.5
@@ -53,12 +52,21 @@ def test_linear_encoder_reaches_the_factorised_optimum_of_ppca():
     assert float(model.factorised_gap()) > 0.3  # the gap is there to be found
 
 
-def test_factorised_gap_of_the_published_fixture():
-    """D = 10, X = 30, s^2 = 0.1: a gap of the size of the published one (0.8146 for its weights)."""
-    torch.manual_seed(0)
-    gaps = [float(PPCA(torch.randn(30, 10).double(), noise=0.1**0.5).factorised_gap()) for _ in range(20)]
-    exact = 0.8146
-    assert min(gaps) < exact < 4 * max(gaps)
+def test_factorised_gap_is_the_kl_of_the_best_factorised_gaussian():
+    """Closed form against torch's KL at mean m, variance 1 / diag(Lambda); every other factorised variance is worse."""
+    model, x = problems.ppca(rows=1, noise=0.1**0.5)
+    exact, diagonal = model.posterior(x), model.precision().diagonal()
+
+    def kl(variance):
+        q = torch.distributions.MultivariateNormal(exact.loc, torch.diag_embed(variance.expand(1, -1)))
+        return float(torch.distributions.kl_divergence(q, exact))
+
+    gap = float(model.factorised_gap())
+    assert abs(kl(1 / diagonal) - gap) < 1e-9
+    for factor in (0.9, 1.1):
+        changed = 1 / diagonal
+        changed[3] = changed[3] * factor
+        assert kl(changed) > gap + 1e-4
 
 
 def test_mixture_covers_both_modes_where_a_gaussian_cannot():

@@ -74,8 +74,6 @@ def test_gradients_reach_every_parameter(name):
     if name in DENSITY:  # chains have no parameters; a starting guide is not trained by them
         trained.update(guide.named_parameters())
     for key, parameter in trained.items():
-        if isinstance(guide, guides.Laplace) and "encoder" in key and parameter.grad is None:
-            pytest.fail(f"no gradient reaches {key}")
         assert parameter.grad is not None, key
         assert parameter.grad.abs().sum() > 0, key
 

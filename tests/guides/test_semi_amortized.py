@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from bench import problems
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import Trace_ELBO
 
 from pyrovae import guides
 from pyrovae.models import VAE
@@ -150,16 +150,6 @@ def test_works_under_no_grad_and_gives_the_training_path():
         evaluated = guide.lam(x)
     assert not evaluated.requires_grad
     assert torch.allclose(trained, evaluated, rtol=0, atol=1e-12)
-
-
-def test_trains_under_stock_svi_and_evaluates():
-    model, x = problems.ppca(rows=20)
-    guide = guides.SemiAmortized(guides.Amortized(model, linear_encoder(x, 10)), 3, 0.01)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
-    first = svi.evaluate_loss(x)
-    for _ in range(30):
-        svi.step(x)
-    assert svi.evaluate_loss(x) < first
 
 
 @pytest.mark.parametrize(
