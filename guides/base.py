@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -31,7 +31,7 @@ from pyrovae.families import Family
 from pyrovae.latents import LatentSpace
 from pyrovae.runtime import evaluating, keep_frozen, preserve_rng
 
-__all__ = ["DensityGuide", "FamilyGuide", "Guide"]
+__all__ = ["DensityGuide", "FamilyGuide", "Guide", "Sampler"]
 
 _BLOCK_ROWS = 1 << 16  # rows scored at once
 _BLOCK_SAMPLES = 1000  # draws at once under per-datum noise: fixed, so that chunks of data change no number
@@ -136,8 +136,20 @@ class Guide(PyroModule):
         return self.space(*args, **kwargs).constrain(self.draws(num_samples, *args, **kwargs))
 
 
+class Sampler(NamedTuple):
+    """A posterior found once, to be drawn from many times.
+
+    Attributes:
+        draw: number S -> reparameterised draws `[S, B, D]` and log q at them `[S, B]`.
+        frozen_log_prob: u -> log q(u) with q's parameters held constant: gradient flows through `u` alone.
+    """
+
+    draw: Callable[[int], tuple[Tensor, Tensor]]
+    frozen_log_prob: Callable[[Tensor], Tensor]
+
+
 class DensityGuide(Guide):
-    """A guide with a density: subclasses give `_posterior` and, where draws need care, `_draws`."""
+    """A guide with a density: subclasses give `_posterior` and `_sampler`."""
 
     @abstractmethod
     def _posterior(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,22 +165,22 @@ class DensityGuide(Guide):
 
     def _weighted(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """`log_weights` as part of a program (losses call it)."""
-        q, sample = self._sampler(*args, **kwargs)
+        sampler = self._sampler(*args, **kwargs)
         log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
         size = log_joint.rows.size
         block = _BLOCK_SAMPLES if noise.active() else max(1, _BLOCK_ROWS // size)
         parts = []
         for start in range(0, num_samples, block):
-            u = sample(min(block, num_samples - start))
-            parts.append(log_joint(u) - q.log_prob(u))
+            u, log_q = sampler.draw(min(block, num_samples - start))
+            parts.append(log_joint(u) - log_q)
         return torch.cat(parts)
 
     @abstractmethod
-    def _sampler(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], Tensor]]:
-        """The posterior (refined once) and a function `S -> u [S, B, D]` that draws from it."""
+    def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        """The posterior, found (refined) once, ready to be drawn from; part of a program (losses call it)."""
 
     def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
-        return self._sampler(*args, **kwargs)[1](num_samples)
+        return self._sampler(*args, **kwargs).draw(num_samples)[0]
 
     def log_weights(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """log p(x, z_s) - log q(z_s | x), `[S, B]`, nats; the posterior is found once, then drawn from S times.
@@ -198,13 +210,13 @@ class FamilyGuide(DensityGuide):
     def _posterior(self, *args: Any, **kwargs: Any) -> Any:
         return self.family(*args, **kwargs)(self.lam(*args, **kwargs))
 
-    def _sampler(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], Tensor]]:
+    def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         family, lam = self.family(*args, **kwargs), self.lam(*args, **kwargs)
 
-        def sample(number: int) -> Tensor:
-            return family.sample(lam, noise.normal(number, len(lam), family.noise_dim, like=lam))
+        def draw(number: int) -> tuple[Tensor, Tensor]:
+            return family.rsample_and_log_prob(lam, noise.normal(number, len(lam), family.noise_dim, like=lam))
 
-        return family(lam), sample
+        return Sampler(draw, lambda u: family.frozen_log_prob(lam, u))
 
     def stratified(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted draws, one per component: log-weights `[R, B]`, draws `[R, B, D]`, log q at them `[R, B]`."""

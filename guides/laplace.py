@@ -22,7 +22,7 @@ from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.curvature import Curvature, Expansion
 from pyrovae.guides.amortized import first_argument, joint_space, require_net, run_encoder
-from pyrovae.guides.base import DensityGuide
+from pyrovae.guides.base import DensityGuide, Sampler
 from pyrovae.latents import LogJoint
 
 __all__ = ["Laplace", "Mode"]
@@ -155,14 +155,16 @@ class Laplace(DensityGuide):
         mode = self._search(*args, **kwargs)
         return dist.MultivariateNormal(mode.loc, scale_tril=_scale_tril(mode.precision))
 
-    def _sampler(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], Tensor]]:
+    def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         q = self._posterior(*args, **kwargs)
+        frozen = dist.MultivariateNormal(q.loc.detach(), scale_tril=q.scale_tril.detach())
 
-        def sample(number: int) -> Tensor:
+        def draw(number: int) -> tuple[Tensor, Tensor]:
             eps = noise.normal(number, *q.loc.shape, like=q.loc)
-            return q.loc + (q.scale_tril @ eps.unsqueeze(-1)).squeeze(-1)
+            u = q.loc + (q.scale_tril @ eps.unsqueeze(-1)).squeeze(-1)
+            return u, q.log_prob(u)
 
-        return q, sample
+        return Sampler(draw, frozen.log_prob)
 
 
 class _Around:

@@ -74,6 +74,15 @@ class Family(ABC):
     def sample(self, lam: Tensor, noise: Tensor) -> Tensor:
         """Reparameterised draws `[S, B, D]` from `noise: [S, B, noise_dim]`."""
 
+    def rsample_and_log_prob(self, lam: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparameterised draws `[S, B, D]` and log q at them `[S, B]` (flows give both in one pass)."""
+        u = self.sample(lam, noise)
+        return u, self(lam).log_prob(u)
+
+    def frozen_log_prob(self, lam: Tensor, u: Tensor) -> Tensor:
+        """log q(u), `[..., B]`, with q's parameters held constant: gradient flows through `u` alone."""
+        return self(lam.detach()).log_prob(u)
+
     def stratified(self, lam: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted draws whose expectation is exact in the mixing weights.
 
