@@ -75,15 +75,16 @@ class ShortRun(Guide):
         space = self.space(*args, **kwargs)
         log_joint = space.bind(*args, **kwargs)
         beta = handlers.kl_weight()
-
-        def target(u: Tensor) -> Tensor:
-            return log_joint(u, beta)
-
         with torch.no_grad():
             if self.init is None:
                 u = space.prior(num_samples, *args, **kwargs)
             else:
                 u = self.init._draws(num_samples, *args, **kwargs)
+            density = log_joint.recorded(u)
+
+            def target(point: Tensor) -> Tensor:
+                return density(point, beta)
+
             state = init(target, u)
             for step_size in self.steps:
                 eps = noise.normal(*u.shape, like=u)

@@ -18,7 +18,6 @@ from pyrovae import reference
 from pyrovae.errors import ReferenceRefused, ScaleError
 from pyrovae.reference.posterior import status_of
 from pyrovae.samplers import hmc, init, langevin
-from pyrovae.samplers.graph import differentiable_graph
 
 
 def normal_normal(prior, noise):
@@ -329,62 +328,6 @@ def test_per_datum_step_sizes():
     for b in range(3):
         alone, _ = langevin.step(init(gaussian, u[:, b]), gaussian, float(sizes[b]), eps[:, b])
         torch.testing.assert_close(together.u[:, b], alone.u)
-
-
-def _log_joint():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)).double()
-    x = torch.randn(3, 4, dtype=torch.double)
-
-    def log_joint(u):
-        # Without validation, as LogJoint runs: its checks would be control flow that depends on values.
-        prior, likelihood = dist.Normal(0.0, 1.0, validate_args=False), dist.Normal(net(u), 0.7, validate_args=False)
-        return prior.log_prob(u).sum(-1) + likelihood.log_prob(x).sum(-1)
-
-    return net, log_joint
-
-
-def test_graph_gives_identical_values_and_gradients():
-    _, log_joint = _log_joint()
-    fast = differentiable_graph(log_joint, torch.zeros(3, 2, dtype=torch.double))
-    assert fast is not log_joint
-    for seed in range(5):
-        u = 3 * torch.randn(3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
-        found = []
-        for function in (log_joint, fast):
-            leaf = u.clone().requires_grad_()
-            value = function(leaf)
-            (gradient,) = torch.autograd.grad((value * torch.tensor([1.0, 2.0, -3.0])).sum(), leaf)
-            found.append((value.detach(), gradient))
-        assert torch.equal(found[0][0], found[1][0])
-        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-12)
-
-
-def test_graph_holds_parameters_by_reference():
-    """In-place changes (an optimiser step, load_state_dict) are seen; the docstring says so."""
-    net, log_joint = _log_joint()
-    u = torch.ones(3, 2, dtype=torch.double)
-    fast = differentiable_graph(log_joint, u)
-    assert fast is not log_joint
-    before = fast(u)
-    with torch.no_grad():
-        net[0].weight.mul_(2.0)
-    torch.testing.assert_close(fast(u), log_joint(u).detach())
-    assert (fast(u) - before).abs().min() > 1e-4
-
-
-def test_graph_falls_back_where_control_flow_looks_at_values():
-    def branching(u):
-        return -(u**2).sum(-1) if float(u.detach().sum()) > 0 else -2 * (u**2).sum(-1)
-
-    def frozen(u):  # looks at the values behind the recorder's back: the check at other points finds out
-        scale = 1.0 if u.detach().clone().abs().max().tolist() < 2 else 3.0
-        return -scale * (u**2).sum(-1)
-
-    u = torch.ones(3, 2, dtype=torch.double)
-    for function in (branching, frozen):
-        with pytest.warns(UserWarning, match="cannot be recorded"):
-            assert differentiable_graph(function, u) is function
 
 
 def test_nuts_runs_models_with_branches():

@@ -21,7 +21,6 @@ from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
 from pyrovae.reference.posterior import Reference, status_of
 from pyrovae.runtime import evaluating, seeded
-from pyrovae.samplers.graph import differentiable_graph
 
 __all__ = ["nuts"]
 
@@ -64,7 +63,7 @@ def nuts(
         log_joint = space.bind(*args, **kwargs)
         start = _starts(space, init, num_chains, args, kwargs)
 
-        fast = differentiable_graph(log_joint, start[0])
+        fast = log_joint.recorded(start[0])
 
         def potential(params: dict[str, Tensor]) -> Tensor:
             return -fast(params["u"]).sum()
