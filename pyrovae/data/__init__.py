@@ -1,5 +1,6 @@
-"""Data sets: small images in [0, 1], stored flat, with their binarisation written on them."""
+"""Data sets: small images, stored flat, with their binarisation and preprocessing written on them."""
 
 from pyrovae.data.images import BINARIZATIONS, ImageData, binarize, load
+from pyrovae.data.preprocessing import PREPROCESSINGS
 
-__all__ = ["BINARIZATIONS", "ImageData", "binarize", "load"]
+__all__ = ["BINARIZATIONS", "PREPROCESSINGS", "ImageData", "binarize", "load"]

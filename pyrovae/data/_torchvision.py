@@ -2,9 +2,9 @@
 
 torchvision registers fake (shape-only) kernels for its compiled ops while it is imported. Where the compiled ops do
 not match the torch build they are not there, and the first registration raises ``RuntimeError: operator
-torchvision::nms does not exist``: the whole package, data sets included, cannot be imported. The data sets need none
-of these ops. So, while torchvision is being imported, registering a fake kernel for a torchvision op that does not
-exist does nothing. Everything else goes to torch unchanged: no exception is caught, and ops that do exist are
+torchvision::nms does not exist``: the whole package, data sets included, cannot be imported. Downloading data sets
+needs none of these ops. So, while torchvision is being imported, registering a fake kernel for a torchvision op that
+does not exist does nothing. Everything else goes to torch unchanged: no exception is caught, and ops that do exist are
 registered as usual.
 """
 
@@ -36,7 +36,7 @@ def torchvision_datasets() -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name != "torchvision":
                 raise
-            message = "this data set is read through torchvision, which is not installed: pip install torchvision"
+            message = "data sets are downloaded through torchvision, which is not installed: pip install torchvision"
             raise ImportError(message) from error
 
 

@@ -213,10 +213,12 @@ def test_damaged_npz(tmp_path: Path) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match=r"unknown data set 'cifar': choose one of digits, mnist, or .* \.npz"):
+    with pytest.raises(ValueError, match=r"unknown data set 'cifar': choose one of digits, mnist, .*omniglot, .*\.npz"):
         load("cifar")
     with pytest.raises(ValueError, match="unknown binarization 'threshold': choose one of none, static, dynamic"):
         load("digits", binarization="threshold")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown preprocessing 'centered': choose one of none, logit, centred"):
+        load("digits", preprocessing="centered")  # type: ignore[arg-type]
 
 
 def test_binarize_refuses_what_is_no_probability() -> None:
@@ -253,7 +255,7 @@ def test_download_is_asked_for_only_when_wanted(tmp_path: Path, monkeypatch: pyt
         def __init__(self, root: str, train: bool, download: bool) -> None:
             calls.append((root, train, download))
 
-    monkeypatch.setattr("pyrovae.data.images.torchvision_datasets", lambda: type("datasets", (), {"MNIST": Fake}))
+    monkeypatch.setattr("pyrovae.data.sources.torchvision_datasets", lambda: type("datasets", (), {"MNIST": Fake}))
     monkeypatch.setenv("PYROVAE_DOWNLOAD", "1")
     assert load("mnist", root=tmp_path).train.shape == (2, 784)
     assert calls == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
