@@ -1,11 +1,17 @@
 """Laplace's approximation per datum, amortized by an encoder's start (Park, Kim & Kim 2019, "VLAE").
 
-From the encoder's mean, T Newton updates climb log p(x, z); the posterior is the Gaussian at the end point with the
-log-joint's curvature there:
+From the encoder's mean a search climbs log p(x, z); the posterior is the Gaussian at the end point with the log-joint's
+curvature there, full covariance:
 
-    mu_{t+1} = mu_t + a_t Lambda_t^{-1} grad log p(x, mu_t),      q(u | x) = N(mu_T, Lambda(mu_T)^{-1})
+    q(u | x) = N(mu, Lambda(mu)^{-1}),      mu = argmax_u log p(x, u),      Lambda as in `pyrovae.curvature`
 
-Lambda as in `pyrovae.curvature`, full covariance. Gradients flow through every update and through the covariance.
+The published search takes T damped Newton steps mu + a_t Lambda^{-1} grad and differentiates through all of them. The
+default one finds the mode without a graph (`pyrovae.newton`) and differentiates it by the implicit function theorem,
+
+    d mu / d theta = H^{-1} d/d theta grad_u log p(x, mu),      H the negative Hessian at mu
+
+whose cost does not grow with the steps. As the mode does not depend on where the search began, the encoder has a term
+of its own: it descends KL(N(mu_0, Lambda^{-1}) || q) = (mu_0 - mu)' Lambda (mu_0 - mu) / 2.
 """
 
 from __future__ import annotations
@@ -18,16 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import handlers, noise
+from pyrovae.averaged import Averaged
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
-from pyrovae.curvature import Curvature, Expansion
-from pyrovae.guides.amortized import first_argument, joint_space, require_net, run_encoder
+from pyrovae.curvature import Curvature
+from pyrovae.emission import emit
+from pyrovae.families import FullRankNormal
+from pyrovae.guides.amortized import Amortized, first_argument, joint_space, require_net, run_encoder
 from pyrovae.guides.base import DensityGuide, Sampler
-from pyrovae.latents import LogJoint
+from pyrovae.guides.side_term import emit_term, pull, share
+from pyrovae.latents import LatentSpace, LogJoint
+from pyrovae.nets import Table
+from pyrovae.newton import conjugate_gradient, covariance_factor, find_mode, newton_step
 
 __all__ = ["Laplace", "Mode"]
 
-_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)  # candidate step lengths of the line search
+_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)  # candidate step lengths of the averaged search
+_STANDSTILL = 1e-6  # a datum whose decrement is this share of the tolerance is searched no further
+_IMPLICIT_CG = 10  # iterations at most for H^{-1} v; one where Lambda is the Hessian
 
 
 class Mode(NamedTuple):
@@ -56,18 +70,29 @@ class Laplace(DensityGuide):
         encoder: module from the data to the start of the search: `[B, D]`, or `[B, 2 D]` of which the first D columns
             are taken; None (joint mode only) learns a constant start.
         num_steps: T >= 0 updates.
-        update: "newton" searches each datum's step length on log p(x, z) (default); "full" takes a = 1; "damped" is
-            the published schedule a_t = step_size / (t + 1), with step_size 0.5.
+        update: "newton" (default) is line-searched Newton-CG on log p(x, z); where a site has no Fisher information its
+            Hessian takes part in the products, and at negative curvature the step is the gradient's. "damped" is the
+            published schedule a_t = step_size / (t + 1), with step_size 0.5; "full" takes a = 1.
+        curvature: "fisher" is J' F J where a site has a Fisher information; "hessian" the exact Hessian everywhere,
+            which may not be positive definite away from a mode. By default "fisher", and "hessian" in joint mode: there
+            the result equals Pyro's `AutoLaplaceApproximation`.
+        gradient: "full" differentiates mode and covariance (through every update for "damped" and "full", implicitly
+            for "newton"); "envelope" treats both as constants, which is cheap and biased: the model then learns slower
+            and ends lower.
+        num_probes: for "newton": 0 differentiates the covariance exactly; P > 0 by P random probes, without bias.
+        num_cg: conjugate-gradient iterations per Newton step.
         tolerance: Newton decrement in nats below which a datum counts as converged.
         num_draws: 0 is Laplace's method: gradient and curvature at one point. An even M > 0 averages both over M
             antithetic draws of the current Gaussian. Its fixed point, E_q[grad] = 0 and Lambda = E_q[curvature], is the
             Gaussian nearest to the posterior in KL(q || p) instead of the mode; worth it where the posterior spans many
-            linear pieces of a ReLU decoder.
+            linear pieces of a ReLU decoder. Differentiated through every update.
         encoder_input, plate, batched, example: as in `Amortized`.
 
     Note:
         The posterior is a proper density whatever the search did, so the ELBO stays a bound; `mode(*args)` says
         where it did not converge (a model may have no joint mode at all: centred hierarchies).
+        The implicit gradient uses the Hessian H, by conjugate gradients preconditioned with Lambda; for
+        piecewise-linear decoders Lambda is H. Where H is not positive definite Lambda takes its place.
     """
 
     traits = GuideTraits(name="Laplace")
@@ -79,7 +104,11 @@ class Laplace(DensityGuide):
         num_steps: int = 4,
         *,
         update: Literal["newton", "full", "damped"] = "newton",
+        curvature: Literal["fisher", "hessian"] | None = None,
+        gradient: Literal["full", "envelope"] = "full",
         step_size: float = 0.5,
+        num_probes: int = 0,
+        num_cg: int = 10,
         tolerance: float = 1e-3,
         num_draws: int = 0,
         encoder_input: Callable[..., Any] = first_argument,
@@ -87,16 +116,25 @@ class Laplace(DensityGuide):
         batched: Batched = "auto",
         example: tuple[Any, ...] = (),
     ) -> None:
-        if num_steps < 0 or not step_size > 0 or num_draws < 0 or num_draws % 2:
-            raise ValueError("Laplace needs num_steps >= 0, a positive step_size and an even num_draws >= 0")
+        if num_steps < 0 or not step_size > 0 or num_draws < 0 or num_draws % 2 or num_probes < 0 or num_cg < 1:
+            raise ValueError(
+                "Laplace needs num_steps >= 0, step_size > 0, num_probes >= 0, num_cg >= 1 and an even num_draws >= 0"
+            )
         if update not in ("newton", "full", "damped"):
             raise ValueError(f"update must be 'newton', 'full' or 'damped', got {update!r}")
+        if gradient not in ("full", "envelope"):
+            raise ValueError(f"gradient must be 'full' or 'envelope', got {gradient!r}")
+        if curvature not in (None, "fisher", "hessian"):
+            raise ValueError(f"curvature must be 'fisher' or 'hessian', got {curvature!r}")
+        if num_probes and (update != "newton" or num_draws):
+            raise ValueError("num_probes serves update='newton' without num_draws: leave it at 0")
         require_net(encoder)
         super().__init__(model, plate=plate, batched=batched)
-        self.num_steps, self.update, self.step_size, self.tolerance = num_steps, update, step_size, tolerance
+        self.num_steps, self.update, self.gradient, self.step_size = num_steps, update, gradient, step_size
+        self.num_probes, self.num_cg, self.tolerance, self.num_draws = num_probes, num_cg, tolerance, num_draws
+        self.hessian = plate is None if curvature is None else curvature == "hessian"
         self.encoder_input = encoder_input
         self.encoder = encoder
-        self.num_draws = num_draws
         if encoder is None:
             if plate is not None:
                 raise ValueError("encoder=None learns one constant start: pass plate=None, or an encoder")
@@ -122,26 +160,91 @@ class Laplace(DensityGuide):
     def mode(self, *args: Any, **kwargs: Any) -> Mode:
         """Search the modes and report how it went, without gradient."""
         with self._aside(), torch.no_grad():
-            return self._search(*args, **kwargs)
+            return self._search(*args, **kwargs)[0]
 
-    def _search(self, *args: Any, **kwargs: Any) -> Mode:
+    def laplace_approximation(self, *args: Any, **kwargs: Any) -> Amortized:
+        """A guide with full-rank normals whose parameters are this guide's posteriors for these data.
+
+        As `AutoLaplaceApproximation.laplace_approximation` does for a global model. In local mode it serves these rows,
+        in this order, and no others.
+        """
+        mode = self.mode(*args, **kwargs)
+        lam = FullRankNormal(mode.loc.shape[-1]).pack(mode.loc, covariance_factor(mode.precision))
+        if self.plate is not None:
+            return Amortized(
+                self.model, Table(lam), "full-rank", encoder_input=self.encoder_input, plate=self.plate,
+                batched=self.batched,
+            )  # fmt: skip
+        frozen = Amortized(self.model, None, "full-rank", plate=None, batched=self.batched, example=args)
+        frozen.constant.data.copy_(lam)
+        return frozen
+
+    def _search(self, *args: Any, **kwargs: Any) -> tuple[Mode, Tensor | None]:
+        """The mode, and the term that trains the encoder where no gradient flows through the search."""
         train = torch.is_grad_enabled()
         log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
-        mu = self.start(*args, **kwargs)
-        around = _Around(log_joint, mu, self.num_draws, create_graph=train)
+        start = self.start(*args, **kwargs)
+        if self.update == "newton" and not self.num_draws:
+            mode = self._implicit(log_joint, start, train=train and self.gradient == "full")
+        else:
+            with torch.set_grad_enabled(train and self.gradient == "full"):
+                return self._unrolled(log_joint, start, train)
+        return mode, self._encoder_term(start, mode) if train else None
+
+    def _encoder_term(self, start: Tensor, mode: Mode) -> Tensor | None:
+        if not start.requires_grad:
+            return None
+        away = (mode.loc - start).detach().unsqueeze(-1)
+        return pull(start, (mode.precision.detach() @ away).squeeze(-1))
+
+    def _implicit(self, log_joint: LogJoint, start: Tensor, *, train: bool) -> Mode:
+        """The mode by Newton-CG; with `train`, its derivative by the implicit function theorem."""
+        curvature = Curvature(log_joint, beta=handlers.kl_weight(), hessian=self.hessian)
+        loc = find_mode(curvature, start, self.num_steps, num_cg=self.num_cg, tolerance=_STANDSTILL * self.tolerance)
+        with torch.enable_grad():
+            leaf = loc.requires_grad_()
+            value = log_joint.recorded(leaf)(leaf, curvature.beta).sum()
+            (slope,) = torch.autograd.grad(value, leaf, create_graph=train)
+        point = leaf.detach()
+        if train:
+            path = slope - slope.detach()
+            point = point + path  # the value stays; the hook below makes the gradient that of the mode
+        precision, floored = curvature.precision(point, create_graph=train, num_probes=self.num_probes)
+        factor = torch.linalg.cholesky(precision.detach())
+
+        def newton(gradient: Tensor) -> Tensor:
+            return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+
+        if train and path.requires_grad:
+            path.register_hook(
+                lambda gradient: conjugate_gradient(
+                    lambda p: -torch.autograd.grad(slope, leaf, p, retain_graph=True)[0], gradient,
+                    num_steps=_IMPLICIT_CG, tolerance=torch.finfo(loc.dtype).eps ** 0.5, precondition=newton,
+                )
+            )  # fmt: skip
+        with torch.no_grad():
+            decrement = 0.5 * (slope * newton(slope)).sum(-1)
+        return Mode(point, precision, (decrement < self.tolerance) & ~floored, floored, decrement)
+
+    def _unrolled(self, log_joint: LogJoint, start: Tensor, train: bool) -> tuple[Mode, Tensor | None]:
+        """Explicit Newton steps, each differentiated where gradients are on."""
+        mu = start if torch.is_grad_enabled() else start.detach()
+        around = Averaged(log_joint, mu, self.num_draws, self.hessian, create_graph=torch.is_grad_enabled())
         here = around.at(mu)
         for t in range(self.num_steps):
-            step = _newton_step(here)
+            step = newton_step(here)
             mu = mu + self._length(t, mu, step, around).unsqueeze(-1) * step
             here = around.at(mu, here)
         if self.num_draws and not self.num_steps:
             here = around.at(mu, here)
         with torch.no_grad():
-            decrement = 0.5 * (here.gradient * _newton_step(here)).sum(-1)
+            decrement = 0.5 * (here.gradient * newton_step(here)).sum(-1)
             converged = (decrement < self.tolerance) & ~here.floored
-        return Mode(mu, here.precision, converged, here.floored, decrement)
+        mode = Mode(mu, here.precision, converged, here.floored, decrement)
+        with torch.set_grad_enabled(train):
+            return mode, self._encoder_term(start, mode) if self.gradient == "envelope" else None
 
-    def _length(self, t: int, mu: Tensor, step: Tensor, around: _Around) -> Tensor:
+    def _length(self, t: int, mu: Tensor, step: Tensor, around: Averaged) -> Tensor:
         """Step lengths, `[B]`, without gradient."""
         if self.update != "newton":
             length = 1.0 if self.update == "full" else self.step_size / (t + 1)
@@ -152,68 +255,31 @@ class Laplace(DensityGuide):
             return lengths[values.nan_to_num(nan=-torch.inf).argmax(0)]
 
     def _posterior(self, *args: Any, **kwargs: Any) -> Any:
-        mode = self._search(*args, **kwargs)
-        return dist.MultivariateNormal(mode.loc, scale_tril=_scale_tril(mode.precision))
+        return _normal(self._search(*args, **kwargs)[0])
+
+    def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        mode, term = self._search(*args, **kwargs)
+        q = _normal(mode)
+
+        def write() -> None:
+            emit(space.structure, q)
+            emit_term(space, term)
+
+        return write
 
     def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
-        q = self._posterior(*args, **kwargs)
+        mode, term = self._search(*args, **kwargs)
+        q = _normal(mode)
         frozen = dist.MultivariateNormal(q.loc.detach(), scale_tril=q.scale_tril.detach())
+        extra = share(term)
 
         def draw(number: int) -> tuple[Tensor, Tensor]:
             eps = noise.normal(number, *q.loc.shape, like=q.loc)
             u = q.loc + (q.scale_tril @ eps.unsqueeze(-1)).squeeze(-1)
-            return u, q.log_prob(u)
+            return u, q.log_prob(u) - extra
 
-        return Sampler(draw, frozen.log_prob)
-
-
-class _Around:
-    """Second-order expansions of one batch's log-joint: at a point, or averaged over a Gaussian around it.
-
-    By the theorems of Bonnet and Price the averages are the gradients of E_q[log p] with respect to q's mean and
-    (twice) its covariance (Opper & Archambeau 2009).
-    """
-
-    def __init__(self, log_joint: LogJoint, mu: Tensor, num_draws: int, *, create_graph: bool) -> None:
-        self.log_joint, self.create_graph, self.num_draws = log_joint, create_graph, num_draws
-        self.beta = handlers.kl_weight()
-        self.curvature = Curvature(log_joint, beta=self.beta)
-        self.offsets: Tensor | None = None
-        if num_draws:
-            args, kwargs = log_joint.rows.repeat(num_draws)
-            self.wide = Curvature(log_joint.space.bind(*args, **kwargs), beta=self.beta)
-            eps = noise.normal(num_draws // 2, *mu.shape, like=mu)
-            self.eps = torch.cat([eps, -eps])
-
-    def at(self, mu: Tensor, previous: Expansion | None = None) -> Expansion:
-        """The expansion at `mu: [B, D]`; averaged over N(mu, previous precision^-1) once there is a previous one."""
-        if not self.num_draws or previous is None:
-            return self.curvature.at(mu, create_graph=self.create_graph)
-        scale_tril = _scale_tril(previous.precision)
-        offsets = (scale_tril @ self.eps.unsqueeze(-1)).squeeze(-1)
-        self.offsets = offsets.detach()
-        points = self.wide.at((mu + offsets).flatten(0, 1), create_graph=self.create_graph)
-        parts = [part.unflatten(0, (self.num_draws, -1)) for part in points]
-        return Expansion(parts[0].mean(0), parts[1].mean(0), parts[2].mean(0), parts[3].any(0))
-
-    def objective(self, mu: Tensor) -> Tensor:
-        """What a step should increase, `[L, B, D] -> [L, B]`: the log-joint, averaged as the expansion was."""
-        if self.offsets is None:
-            return self.log_joint(mu, self.beta)
-        return self.log_joint(mu.unsqueeze(1) + self.offsets, self.beta).mean(1)
+        return Sampler(draw, lambda u: frozen.log_prob(u) - extra)
 
 
-def _newton_step(here: Expansion) -> Tensor:
-    factor = torch.linalg.cholesky(here.precision)
-    return torch.cholesky_solve(here.gradient.unsqueeze(-1), factor).squeeze(-1)
-
-
-def _scale_tril(precision: Tensor) -> Tensor:
-    """Cholesky factor of the covariance from the precision, without forming an inverse.
-
-    With J the exchange matrix, J P J = L L' gives P^{-1} = A A' for the lower-triangular A = (J L' J)^{-1}... solved
-    against the identity.
-    """
-    flipped = torch.linalg.cholesky(precision.flip(-2, -1))
-    lower = flipped.flip(-2, -1).mT
-    return torch.linalg.solve_triangular(lower, torch.eye(lower.shape[-1]).to(lower).expand_as(lower), upper=False)
+def _normal(mode: Mode) -> Any:
+    return dist.MultivariateNormal(mode.loc, scale_tril=covariance_factor(mode.precision))

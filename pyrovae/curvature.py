@@ -12,86 +12,18 @@ J' F J *is* the Hessian almost everywhere; otherwise it is Gauss-Newton, and pos
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
-from pyrovae.joint import AtLatents, Structure, hidden_samples
-from pyrovae.latents import LatentSpace, LogJoint
+from pyrovae.fisher import FisherBlock, fisher, innermost
+from pyrovae.latents import LogJoint
+from pyrovae.products import hessian, jacobian, negative_hessian, sandwich
+from pyrovae.sitewise import Run, Site, Treatment, run_at, treatment
 
-__all__ = ["Curvature", "Expansion", "FisherBlock", "fisher", "floor_eigenvalues"]
-
-
-class FisherBlock(NamedTuple):
-    """One parameter of a distribution and the product of its Fisher information with a tangent of its shape."""
-
-    parameter: Tensor
-    product: Callable[[Tensor], Tensor]
-
-
-@singledispatch
-def fisher(fn: Any) -> dict[str, FisherBlock] | None:
-    """Fisher information of a distribution in each of its parameters, or None when none is registered.
-
-    Register one for a new distribution with `@fisher.register(MyDistribution)`. Parameters must be orthogonal (no
-    cross terms), and elements independent unless the product says otherwise.
-    """
-    return None
-
-
-@fisher.register(td.Independent)
-@fisher.register(MaskedDistribution)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    return fisher(fn.base_dist)
-
-
-@fisher.register(td.Normal)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    precision = fn.scale**-2
-    return {
-        "loc": FisherBlock(fn.loc, lambda tangent: precision * tangent),
-        "scale": FisherBlock(fn.scale, lambda tangent: 2 * precision * tangent),
-    }
-
-
-@fisher.register(td.Laplace)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    precision = fn.scale**-2
-    return {
-        "loc": FisherBlock(fn.loc, lambda tangent: precision * tangent),
-        "scale": FisherBlock(fn.scale, lambda tangent: precision * tangent),
-    }
-
-
-@fisher.register(td.Bernoulli)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    p = torch.sigmoid(fn.logits)
-    return {"logits": FisherBlock(fn.logits, lambda tangent: p * (1 - p) * tangent)}
-
-
-@fisher.register(td.Categorical)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    p = torch.softmax(fn.logits, -1)
-    return {
-        "logits": FisherBlock(fn.logits, lambda tangent: p * (tangent - (p * tangent).sum(-1, keepdim=True)))
-    }
-
-
-@fisher.register(td.Poisson)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    return {"rate": FisherBlock(fn.rate, lambda tangent: tangent / fn.rate)}
-
-
-@fisher.register(td.NegativeBinomial)
-def _(fn: Any) -> dict[str, FisherBlock] | None:
-    p = torch.sigmoid(fn.logits)
-    return {"logits": FisherBlock(fn.logits, lambda tangent: fn.total_count * p * tangent)}
+__all__ = ["Curvature", "Expansion", "Operator", "floor_eigenvalues"]
 
 
 class Expansion(NamedTuple):
@@ -110,110 +42,234 @@ class Expansion(NamedTuple):
     floored: Tensor
 
 
-@dataclass(frozen=True)
-class _Treatment:
-    """Which sites are treated how. Found once per latent space: it depends on the program, not on values."""
+class Operator(NamedTuple):
+    """The expansion with its precision as a product: `p: [B, D]` to Lambda p, not floored, without gradient."""
 
-    moving: dict[str, tuple[str, ...]]  # observed site -> its parameters that depend on u
-    closed: tuple[str, ...]  # latent real Normals whose parameters do not depend on u
-    hessian: tuple[str, ...]  # everything else
+    log_joint: Tensor
+    gradient: Tensor
+    product: Callable[[Tensor], Tensor]
 
 
 class Curvature:
     """Expansions of one batch's log-joint.
 
     Uses the model's `linear_head(site) -> (trunk, weight)` where it defines one: the site's parameter is then
-    `trunk(u) @ weight.T + bias`, so only the trunk is differentiated (checked against the traced site once per
-    parameter version).
+    `trunk(u) @ weight.T + bias`, so only the trunk is differentiated, and where all rows share one diagonal F the Gram
+    matrix weight' F weight `[H, H]` takes the place of Jacobians with one row per pixel.
+
+    Args:
+        log_joint: of the batch.
+        beta: KL weight.
+        hessian: take the Hessian of every site in the place of J' F J.
+        floor: smallest eigenvalue where the precision is not positive definite.
     """
 
-    def __init__(self, log_joint: LogJoint, *, beta: float = 1.0, floor: float = 1e-2) -> None:
+    def __init__(
+        self, log_joint: LogJoint, *, beta: float = 1.0, hessian: bool = False, floor: float = 1e-2
+    ) -> None:
         self.log_joint, self.space, self.beta, self.floor = log_joint, log_joint.space, beta, floor
+        self.hessian = hessian
 
     def at(self, u: Tensor, *, create_graph: bool = False) -> Expansion:
         """The expansion at `u: [B, D]`; with `create_graph` everything in it can be differentiated."""
         with torch.enable_grad():
             point = u if create_graph and u.requires_grad else u.detach().requires_grad_()
-            if self.space.enumerated:  # sites are mixed by the sum over discrete latents: the whole Hessian
-                value = self.log_joint(point, self.beta)
-                precision = -_hessian(lambda at: self.log_joint(at, self.beta).sum(), point)
-            else:
-                run = self._run(point)
-                treatment = _treatment(self.space, run, point)
-                zero = u.new_zeros(())
-                value = self.beta * sum(run.latent, zero) + sum(run.observed, zero)
-                precision = self._closed(treatment, run, point)
-                for name, parameters in treatment.moving.items():
-                    precision = precision + self._gauss_newton(run.sites_seen[name], parameters, point)
-                if treatment.hessian:
-                    precision = precision - self._site_hessian(treatment.hessian, point)
+            value, run = self._value(point)
             (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=create_graph, retain_graph=True)
+        precision, floored = self._precision(run, point, create_graph)
         if not create_graph:
-            value, gradient, precision = value.detach(), gradient.detach(), precision.detach()
-        precision, floored = floor_eigenvalues(precision, self.floor)
+            value, gradient = value.detach(), gradient.detach()
         return Expansion(value, gradient, precision, floored)
 
-    def _run(self, u: Tensor, only: tuple[str, ...] = ()) -> _Recorder:
-        recorder = _Recorder(self.space.structure, u, only)
-        rows = self.log_joint.rows
-        with pyro.validation_enabled(False), hidden_samples(), recorder:
-            self.space.model(*rows.args, **rows.kwargs)
-        return recorder
+    def precision(self, u: Tensor, *, create_graph: bool = False, num_probes: int = 0) -> tuple[Tensor, Tensor]:
+        """Lambda(u), `[B, D, D]`, and where it was floored, `[B]`.
 
-    def _closed(self, treatment: _Treatment, run: _Recorder, u: Tensor) -> Tensor:
-        """Prior precision of latent Normals: a diagonal."""
+        Args:
+            create_graph: the result can be differentiated (with respect to `u` too where `u` requires it).
+            num_probes: 0 differentiates exactly. P > 0 makes the gradient an unbiased estimate from P random probes:
+                with Lambda = L L' held constant, dLambda = E[L (L^{-1} dLambda L^{-T} r) r' L'], r random signs. The
+                value stays exact.
+        """
+        with torch.enable_grad():
+            point = u if create_graph and u.requires_grad else u.detach().requires_grad_()
+            run = None if self.space.enumerated else run_at(self.log_joint, point)
+        if not create_graph or not num_probes or run is None:
+            return self._precision(run, point, create_graph)
+        value, floored = self._precision(run, point, create_graph=False)
+        with torch.enable_grad():
+            return value + self._probed(run, point, value, num_probes), floored
+
+    def operator(self, u: Tensor) -> Operator:
+        """Value, gradient and products with Lambda at `u: [B, D]`, for iterative solvers: no matrix is formed."""
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            value, run = self._value(leaf)
+            parts: list[Callable[[Tensor], Tensor]] = []
+            if run is None:
+                parts.append(negative_hessian(value.sum(), leaf))
+            else:
+                sorted_sites = self._treatment(run, leaf)
+                diagonal = self._closed(sorted_sites, run, leaf).detach()
+                parts.append(lambda p: diagonal * p)
+                for name, parameters in sorted_sites.moving.items():
+                    parts.append(self._gauss_newton_product(run.sites_seen[name], parameters, leaf))
+                if sorted_sites.hessian:
+                    parts.append(negative_hessian(self._total(run, sorted_sites.hessian), leaf))
+            (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+        return Operator(value.detach(), gradient, lambda p: torch.stack([part(p) for part in parts]).sum(0))
+
+    def _value(self, u: Tensor) -> tuple[Tensor, Run | None]:
+        if self.space.enumerated:  # sites are mixed by the sum over discrete latents: the whole Hessian
+            return self.log_joint(u, self.beta), None
+        run = run_at(self.log_joint, u)
+        zero = u.new_zeros(())
+        return self.beta * sum(run.latent, zero) + sum(run.observed, zero), run
+
+    def _treatment(self, run: Run, u: Tensor) -> Treatment:
+        found = treatment(self.space, run, u)
+        return Treatment({}, found.closed, found.hessian + tuple(found.moving)) if self.hessian else found
+
+    def _precision(self, run: Run | None, u: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        sorted_sites = None if run is None else self._treatment(run, u)
+        with torch.set_grad_enabled(create_graph):
+            if run is None or sorted_sites is None:
+                precision = -hessian(lambda at: self.log_joint(at, self.beta).sum(), u)
+            else:
+                precision = torch.diag_embed(self._closed(sorted_sites, run, u))
+                for name, parameters in sorted_sites.moving.items():
+                    precision = precision + self._gauss_newton(run.sites_seen[name], parameters, u)
+                if sorted_sites.hessian:
+                    names = sorted_sites.hessian
+                    precision = precision - hessian(lambda at: self._total(run_at(self.log_joint, at), names), u)
+            if not create_graph:
+                precision = precision.detach()
+            return floor_eigenvalues(precision, self.floor)
+
+    def _closed(self, sorted_sites: Treatment, run: Run, u: Tensor) -> Tensor:
+        """Prior precision of latent Normals, `[B, D]`."""
         diagonal = u.new_zeros(u.shape)
         for site in self.space.sites:
-            if site.name in treatment.closed:
+            if site.name in sorted_sites.closed:
                 seen = run.sites_seen[site.name]
-                scale = _base(seen.fn).scale.expand(seen.value.shape)
+                scale = innermost(seen.fn).scale.expand(seen.value.shape)
                 block = site.flatten(seen.weigh(scale**-2), joint=self.space.plate is None)
                 diagonal = torch.cat([diagonal[:, : site.slice.start], self.beta * block,
                                       diagonal[:, site.slice.stop :]], dim=-1)  # fmt: skip
-        return torch.diag_embed(diagonal)
+        return diagonal
 
-    def _gauss_newton(self, seen: _Site, parameters: tuple[str, ...], u: Tensor) -> Tensor:
-        blocks = fisher(seen.fn)
-        assert blocks is not None
-        jacobians = self._head_jacobian(seen, parameters, blocks, u)
-        if jacobians is None:
-            jacobians = self._traced_jacobian(seen.name, parameters, u)
+    def _total(self, run: Run, names: tuple[str, ...]) -> Tensor:
+        """Sum of the named sites' log-densities (log-Jacobians included), latent ones times the KL weight."""
+        latent = {site.name for site in self.space.sites}
+        terms = [(self.beta if name in latent else 1.0) * run.log_probs[name].sum() for name in names]
+        return torch.stack(terms).sum()
+
+    # J' F J as a matrix
+
+    def _gauss_newton(self, seen: Site, parameters: tuple[str, ...], u: Tensor) -> Tensor:
+        blocks = _blocks(seen)
+        head = self._head(seen, parameters, blocks, u)
+        if head is not None:
+            trunk, weight = head
+            (hidden,) = jacobian(lambda point: (trunk(point),), u)
+            gram = self._gram(seen, parameters, weight)
+            if gram is not None:
+                return torch.einsum("dbh,ebh->bde", hidden @ gram, hidden)
+            columns = {parameters[0]: (hidden @ weight.T).reshape(-1, *blocks[parameters[0]].parameter.shape)}
+        else:
+            columns = self._traced_jacobian(seen.name, parameters, u)
         total = u.new_zeros(*u.shape, u.shape[-1])
         for name in parameters:
-            jacobian = jacobians[name]
-            product = seen.weigh(blocks[name].product(jacobian), lead=1)
-            total = total + torch.einsum("dbk,ebk->bde", self._by_row(seen, jacobian), self._by_row(seen, product))
+            product = seen.weigh(blocks[name].product(columns[name]), lead=1)
+            total = total + torch.einsum("dbk,ebk->bde", self._by_row(seen, columns[name]), self._by_row(seen, product))
         return total
 
-    def _by_row(self, seen: _Site, jacobian: Tensor) -> Tensor:
+    def _by_row(self, seen: Site, columns: Tensor) -> Tensor:
         """`[D, *batch, *event]` to `[D, B, K]`."""
         if self.space.plate is None:
-            return jacobian.reshape(len(jacobian), 1, -1)
+            return columns.reshape(len(columns), 1, -1)
         rows = len(seen.fn.batch_shape)  # dim 0 counts tangents, so the data plate's dim has this index
-        return jacobian.movedim(rows, 1).flatten(2) if jacobian.dim() > 2 else jacobian.unsqueeze(-1)
+        return columns.movedim(rows, 1).flatten(2) if columns.dim() > 2 else columns.unsqueeze(-1)
 
-    def _traced_jacobian(self, name: str, parameters: tuple[str, ...], u: Tensor) -> dict[str, Tensor]:
+    def _traced_jacobian(
+        self, name: str, parameters: tuple[str, ...], u: Tensor, tangents: Tensor | None = None
+    ) -> dict[str, Tensor]:
         def site_parameters(point: Tensor) -> tuple[Tensor, ...]:
-            blocks = fisher(self._run(point, only=(name,)).sites_seen[name].fn)
-            assert blocks is not None
+            blocks = _blocks(run_at(self.log_joint, point, only=(name,)).sites_seen[name])
             return tuple(blocks[parameter].parameter for parameter in parameters)
 
-        return dict(zip(parameters, _jacobian(site_parameters, u), strict=True))
+        return dict(zip(parameters, jacobian(site_parameters, u, tangents), strict=True))
 
-    def _head_jacobian(
-        self, seen: _Site, parameters: tuple[str, ...], blocks: dict[str, FisherBlock], u: Tensor
-    ) -> dict[str, Tensor] | None:
+    # J' F J as a product
+
+    def _gauss_newton_product(
+        self, seen: Site, parameters: tuple[str, ...], leaf: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        blocks = _blocks(seen)
+        head = self._head(seen, parameters, blocks, leaf)
+        gram = None if head is None else self._gram(seen, parameters, head[1])
+        if head is not None and gram is not None:
+            hidden, fixed = head[0](leaf), gram.detach()
+            return sandwich(hidden, leaf, lambda tangent: tangent @ fixed)
+
+        def weighed(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda tangent: seen.weigh(blocks[name].product(tangent)).detach()
+
+        products = [sandwich(blocks[name].parameter, leaf, weighed(name)) for name in parameters]
+        return lambda p: torch.stack([product(p) for product in products]).sum(0)
+
+    def _probed(self, run: Run, u: Tensor, value: Tensor, num_probes: int) -> Tensor:
+        """Zero `[B, D, D]` whose gradient is that of Lambda in expectation over random signs."""
+        sorted_sites = self._treatment(run, u)
+        factor = torch.linalg.cholesky(value)
+        signs = torch.randint(0, 2, (num_probes, *u.shape), device=u.device).to(u.dtype) * 2 - 1
+        probes = torch.linalg.solve_triangular(factor.mT, signs.unsqueeze(-1), upper=True).squeeze(-1)
+        product = self._closed(sorted_sites, run, u) * probes
+        for name, parameters in sorted_sites.moving.items():
+            seen = run.sites_seen[name]
+            blocks = _blocks(seen)
+            tangents = self._traced_jacobian(name, parameters, u, probes)
+            for parameter in parameters:
+                weighed = seen.weigh(blocks[parameter].product(tangents[parameter]), lead=1)
+                product = product + torch.stack([
+                    torch.autograd.grad(blocks[parameter].parameter, u, one, create_graph=True)[0] for one in weighed
+                ])  # fmt: skip
+        if sorted_sites.hessian:
+            (slope,) = torch.autograd.grad(self._total(run, sorted_sites.hessian), u, create_graph=True)
+            product = product - torch.stack([
+                torch.autograd.grad(slope, u, probe, create_graph=True)[0] for probe in probes
+            ])  # fmt: skip
+        moved = torch.linalg.solve_triangular(factor, (product - product.detach()).unsqueeze(-1), upper=False)
+        inner = (moved * signs.unsqueeze(-2)).mean(0)
+        return 0.5 * factor @ (inner + inner.mT) @ factor.mT
+
+    # the linear head of a decoder
+
+    def _gram(self, seen: Site, parameters: tuple[str, ...], weight: Tensor) -> Tensor | None:
+        """weight' F weight, where every row has the same diagonal F by construction: a normal site's location whose
+        scale is expanded along the rows, without mask."""
+        fn = innermost(seen.fn)
+        plain = seen.mask is None and not isinstance(seen.weight, Tensor) and not seen.inner_masks()
+        if not plain or not isinstance(fn, td.Normal) or parameters != ("loc",) or self.space.plate is None:
+            return None
+        scale = fn.scale
+        if len(seen.fn.batch_shape) != 1 or (scale.shape[0] > 1 and scale.stride(0) != 0):
+            return None
+        root = weight / scale[0].reshape(-1, 1)
+        return seen.weight * (root.T @ root)
+
+    def _head(
+        self, seen: Site, parameters: tuple[str, ...], blocks: dict[str, FisherBlock], u: Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor] | None:
         protocol = getattr(self.space.model, "linear_head", None)
         head = protocol(seen.name) if protocol is not None and len(parameters) == 1 else None
-        if head is None:
-            return None
-        trunk, weight = head
-        self._verify_head(seen.name, parameters[0], trunk, weight, u)
-        (hidden,) = _jacobian(lambda point: (trunk(point),), u)
-        shape = (len(hidden), *blocks[parameters[0]].parameter.shape)
-        return {parameters[0]: (hidden @ weight.T).reshape(shape)}
+        if head is not None:
+            self._verify_head(seen.name, parameters[0], *head, blocks, u)
+        return head
 
-    def _verify_head(self, name: str, parameter: str, trunk: Any, weight: Tensor, u: Tensor) -> None:
+    def _verify_head(
+        self, name: str, parameter: str, trunk: Any, weight: Tensor, blocks: dict[str, FisherBlock], u: Tensor
+    ) -> None:
+        """Once per parameter version: trunk(u) @ weight.T must differ from the site's parameter by a constant."""
         model = self.space.model
         tensors = [weight, *(model.parameters() if isinstance(model, torch.nn.Module) else ())]
         version = tuple((id(tensor), tensor._version) for tensor in tensors)
@@ -221,11 +277,10 @@ class Curvature:
         if verified.get(name) == version:
             return
         with torch.no_grad():
-            rest = []
-            for point in (u.detach(), u.detach() + 0.5):
-                blocks = fisher(self._run(point, only=(name,)).sites_seen[name].fn)
-                assert blocks is not None
-                rest.append(blocks[parameter].parameter.flatten(1) - trunk(point) @ weight.T)
+            rest = [blocks[parameter].parameter.flatten(1) - trunk(u) @ weight.T]
+            if (u - u[:1]).abs().max() < 0.1:  # a constant shows in different rows only
+                other = _blocks(run_at(self.log_joint, u + 0.5, only=(name,)).sites_seen[name])
+                rest.append(other[parameter].parameter.flatten(1) - trunk(u + 0.5) @ weight.T)
             bias = torch.cat(rest)
             size = 1 + bias.abs().max()
         if not (bias - bias[:1]).abs().max() <= 1e-5 * size * (1 + weight.abs().max()):
@@ -234,19 +289,6 @@ class Curvature:
                 "trunk(u) @ weight.T + bias must equal it, so correct the method or return None"
             )
         verified[name] = version
-
-    def _site_hessian(self, names: tuple[str, ...], u: Tensor) -> Tensor:
-        """Hessian of the named sites' log-density (log-Jacobians included), `[B, D, D]`."""
-        latent = {site.name for site in self.space.sites}
-
-        def total(point: Tensor) -> Tensor:
-            run = self._run(point)
-            value = point.new_zeros(())
-            for name in names:
-                value = value + (self.beta if name in latent else 1.0) * run.log_probs[name].sum()
-            return value
-
-        return _hessian(total, u)
 
 
 def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -276,114 +318,7 @@ def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return symmetric + correction, floored
 
 
-def _jacobian(function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor) -> tuple[Tensor, ...]:
-    """d outputs / d u_d for every d at once, rows being independent: each `[D, *output]`.
-
-    Forward mode, one tangent per latent dimension, the primal computed once.
-    """
-    tangents = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device).unsqueeze(1).expand(-1, *u.shape)
-    columns = torch.func.vmap(lambda tangent: torch.func.jvp(function, (u,), (tangent,))[1])(tangents)
-    # Under vmap a Python number's tangent is a batched double and promotes what it meets.
-    return tuple(column.to(u.dtype) for column in columns)
-
-
-def _hessian(total: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-    """Hessian of a sum over independent rows, `[B, D, D]`."""
-    (columns,) = _jacobian(lambda point: (torch.func.grad(total)(point),), u)  # [D, B, D]
-    return columns.movedim(0, 1)
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, td.Independent):
-        fn = fn.base_dist
-    return fn
-
-
-class _Site:
-    """One site of a run: its distribution, and the weight with which it counts per datum."""
-
-    def __init__(self, msg: dict[str, Any], plate: str | None) -> None:
-        self.name, self.fn, self.value = msg["name"], msg["fn"], msg["value"]
-        self.mask = msg["mask"]
-        self.weight: Any = msg["scale"]
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == plate:
-                self.weight = self.weight * (frame.size / frame.full_size)
-
-    def weigh(self, value: Tensor, lead: int = 0) -> Tensor:
-        """`value: [*lead, *batch, *event]` times the site's scale and masks, also those below `to_event`."""
-        fn = self.fn
-        weights = [(self.weight, fn.batch_shape), (self.mask, fn.batch_shape)]
-        while isinstance(fn, td.Independent | MaskedDistribution):
-            if isinstance(fn, MaskedDistribution):
-                weights.append((fn._mask, fn.batch_shape))
-            fn = fn.base_dist
-        for weight, shape in weights:
-            if weight is not None:
-                weight = torch.as_tensor(weight).to(value).expand(shape)
-                value = value * weight.reshape(shape + (1,) * (value.dim() - lead - len(shape)))
-        return value
-
-
-class _Recorder(AtLatents):
-    """Adds to the log-densities of a run the distributions of its sites; with `only`, nothing but those sites'."""
-
-    def __init__(self, structure: Structure, u: Tensor, only: tuple[str, ...] = ()) -> None:
-        super().__init__(structure, u, check=False)
-        self.only = only
-        self.sites_seen: dict[str, _Site] = {}
-        self.log_probs: dict[str, Tensor] = {}
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if self.only:
-            if msg["name"] in self.only:
-                self.sites_seen[msg["name"]] = _Site(msg, self.structure.plate)
-            return
-        before = len(self.latent), len(self.observed)
-        super()._pyro_post_sample(msg)
-        added = self.latent[before[0] :] + self.observed[before[1] :]
-        if added:
-            self.sites_seen[msg["name"]] = _Site(msg, self.structure.plate)
-            self.log_probs[msg["name"]] = added[0]
-
-
-def _treatment(space: LatentSpace, run: Any, u: Tensor) -> _Treatment:
-    cached = space.__dict__.get("_curvature")
-    if cached is not None:
-        return cached
-
-    def moves(value: Tensor) -> bool:
-        if not value.requires_grad:
-            return False
-        return torch.autograd.grad(value.sum(), u, allow_unused=True, retain_graph=True)[0] is not None
-
-    latent = {site.name: site for site in space.sites}
-    moving: dict[str, tuple[str, ...]] = {}
-    closed, hessian = [], []
-    for name, seen in run.sites_seen.items():
-        blocks = fisher(seen.fn)
-        if name in latent:
-            base = _base(seen.fn)
-            fixed = isinstance(base, td.Normal) and latent[name].is_real and seen.mask is None
-            if fixed and not moves(base.loc) and not moves(base.scale):
-                closed.append(name)
-            else:
-                hessian.append(name)
-        elif blocks is not None and not any(moves(value) for value in _unregistered(seen.fn, blocks)):
-            parameters = tuple(key for key, block in blocks.items() if moves(block.parameter))
-            if parameters:
-                moving[name] = parameters
-        elif moves(run.log_probs[name]):
-            hessian.append(name)
-    found = _Treatment(moving, tuple(closed), tuple(hessian))
-    space.__dict__["_curvature"] = found
-    return found
-
-
-def _unregistered(fn: Any, blocks: dict[str, FisherBlock]) -> list[Tensor]:
-    """A distribution's parameters without Fisher information (a negative binomial's `total_count`)."""
-    while isinstance(fn, td.Independent | MaskedDistribution):
-        fn = fn.base_dist
-    known = {*blocks, "probs", "logits"} if "logits" in blocks else {*blocks}
-    values = [vars(fn).get(name) for name in fn.arg_constraints if name not in known]
-    return [value for value in values if isinstance(value, Tensor)]
+def _blocks(seen: Site) -> dict[str, FisherBlock]:
+    blocks = fisher(seen.fn)
+    assert blocks is not None
+    return blocks

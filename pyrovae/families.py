@@ -13,7 +13,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrovae.mixture import MixtureOfNormals as Mixture
 
@@ -29,9 +29,13 @@ class Family(ABC):
         blocks: the named parts of `lam`; their slices tile `[0, num_params)`.
         noise_dim: standard normals per draw that `sample` takes.
         symmetric: whether `sample(lam, -noise)` mirrors `sample(lam, noise)` at the mean (antithetic draws).
+        reparameterised: whether the whole gradient flows through the draws.
+        gaussian: whether every site's posterior is a Gaussian in closed form.
     """
 
     symmetric = True
+    reparameterised = True
+    gaussian = True
 
     def __init__(self, dim: int) -> None:
         if dim < 1:
@@ -94,6 +98,11 @@ class Family(ABC):
         """
         u = self.sample(lam, noise)
         return torch.full(u.shape[:2], -math.log(len(u)), dtype=u.dtype, device=u.device), u
+
+    def stratified_and_log_prob(self, lam: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`stratified` and log q at its draws, `[R, B]` (flows give them in one pass)."""
+        log_weights, u = self.stratified(lam, noise)
+        return log_weights, u, self(lam).log_prob(u)
 
     def entropy(self, lam: Tensor) -> Tensor | None:
         """Entropy `[B]` in nats, or None where there is no closed form."""
@@ -160,6 +169,12 @@ class FullRankNormal(Family):
         below[..., rows, columns] = lam[..., self.blocks["lower"]]
         return lam[..., self.blocks["loc"]], scale_tril + below
 
+    def pack(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """The `lam: [B, P]` of given locations `[B, D]` and Cholesky factors `[B, D, D]`."""
+        rows, columns = torch.tril_indices(self.dim, self.dim, offset=-1, device=loc.device)
+        log_diag = scale_tril.diagonal(dim1=-2, dim2=-1).log()
+        return torch.cat([loc, log_diag, scale_tril[..., rows, columns]], dim=-1)
+
     def __call__(self, lam: Tensor) -> Any:
         loc, scale_tril = self._parts(lam)
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
@@ -217,7 +232,7 @@ class LowRankNormal(Family):
 class MixtureOfNormals(Family):
     """Mixture of M diagonal normals. `lam = (logits [M], locs [M * D], log_vars [M * D])`."""
 
-    symmetric = False
+    symmetric = reparameterised = gaussian = False
 
     def __init__(self, dim: int, num_components: int = 2) -> None:
         super().__init__(dim)
@@ -273,6 +288,7 @@ FAMILIES: dict[str, type[Family]] = {
     "low-rank": LowRankNormal,
     "mixture": MixtureOfNormals,
 }
+FLOWS = {"householder": "Householder", "iaf": "IAF", "coupling": "Coupling", "spline": "Spline"}  # of pyrovae.flows
 
 
 def get_family(family: str | type[Family] | Any, dim: int, **options: Any) -> Family:
@@ -281,11 +297,23 @@ def get_family(family: str | type[Family] | Any, dim: int, **options: Any) -> Fa
         if family.dim != dim:
             raise ValueError(f"{family!r} was given for a model with {dim} unconstrained latents")
         return family
+    refuse_unbuilt_flow(family)
     if isinstance(family, str):
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
         family = FAMILIES[family]
-    return family(dim, **options)
+    refuse_unbuilt_flow(type(made := family(dim, **options)))
+    return made
+
+
+def refuse_unbuilt_flow(family: Any) -> None:
+    """Raise for a flow that is named, not built: nothing would train its weights if they were made later."""
+    name = FLOWS.get(family) if isinstance(family, str) else None
+    if isinstance(family, type) and issubclass(family, nn.Module):
+        name = family.__name__
+    if name is not None:
+        raise ValueError(f"{name} has weights, which must exist before the guide does: pass the flow itself, "
+                         f"family=pyrovae.flows.{name}(dim=D), D the model's unconstrained latents")  # fmt: skip
 
 
 def marginal(q: Any, part: slice) -> Any | None:

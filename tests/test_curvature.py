@@ -14,7 +14,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrovae import models
-from pyrovae.curvature import Curvature, fisher, floor_eigenvalues
+from pyrovae.curvature import Curvature, floor_eigenvalues
+from pyrovae.fisher import fisher
 from pyrovae.latents import LatentSpace
 from pyrovae.nets import LinearHeadDecoder
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from bench import problems
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoLaplaceApproximation, init_to_value
 
-from pyrovae import evidence, guides
+from pyrovae import evidence, guides, losses
 from pyrovae.models import VAE
 from pyrovae.nets import MLP, LinearHeadDecoder
 
@@ -160,3 +162,133 @@ def test_mode_has_no_gradient_and_moves_no_random_state():
     assert not guide.mode(x).loc.requires_grad
     assert torch.equal(state, torch.get_rng_state())
     pyro.clear_param_store()
+
+
+def _smooth(likelihood="gaussian", activation=torch.nn.Softplus):
+    torch.manual_seed(0)
+    vae = VAE(LinearHeadDecoder(2, [6], (8,), activation).double(), 2, likelihood)
+    x = torch.randn(3, 8, dtype=torch.double)
+    return vae, x if likelihood == "gaussian" else (x > 0).double()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_implicit_gradient_is_that_of_the_searched_mode(likelihood):
+    """Finite differences of the ELBO through a converged search; a smooth decoder, where Gauss-Newton is not H."""
+    vae, x = _smooth(likelihood)
+    start = Start(torch.zeros(3, 2, dtype=torch.double))
+    guide = guides.Laplace(vae, start, num_steps=60, num_cg=6, tolerance=1e-9)
+    guide.space(x)
+
+    def objective():
+        torch.manual_seed(7)
+        return guide._weighted(4, x).mean(0).sum()
+
+    assert guide.mode(x).converged.all()
+    parameters = [vae.decoder.trunk[0].weight, vae.decoder.head.weight]
+    parameters += [vae.noise["log"]] if likelihood == "gaussian" else []
+    for parameter in parameters:
+        (gradient,) = torch.autograd.grad(objective(), parameter)
+        step = 1e-5
+        with torch.no_grad():
+            flat = parameter.view(-1)
+            flat[0] += step
+            up = objective()
+            flat[0] -= 2 * step
+            down = objective()
+            flat[0] += step
+        assert abs((up - down) / (2 * step) - gradient.view(-1)[0]) < 1e-5 * (1 + abs(gradient.view(-1)[0]))
+
+
+def test_gauss_newton_alone_would_give_another_gradient():
+    """The control for the test above: with H replaced by Lambda the gradient of a smooth decoder is visibly off."""
+    vae, x = _smooth()
+    guide = guides.Laplace(vae, Start(torch.zeros(3, 2, dtype=torch.double)), num_steps=60, tolerance=1e-9)
+    u = guide.mode(x).loc.requires_grad_()
+    space = guide.space(x)
+    (slope,) = torch.autograd.grad(space.log_joint(u, x).sum(), u, create_graph=True)
+    exact = torch.stack([torch.autograd.grad(slope[:, d].sum(), u, retain_graph=True)[0] for d in range(2)], 1)
+    assert (-exact - guide.mode(x).precision).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("num_probes", [0, 2])
+def test_encoder_descends_its_distance_from_the_mode(num_probes):
+    """Gradient of the encoder's output: Lambda (mu - mu_0), whatever the model's own gradient is."""
+    vae, x = _smooth()
+    start = Start(torch.randn(3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0)))
+    guide = guides.Laplace(vae, start, num_steps=30, num_probes=num_probes)
+    mode = guide.mode(x)
+    expected = (mode.precision @ (mode.loc - start.start.detach()).unsqueeze(-1)).squeeze(-1)
+    for loss in (Trace_ELBO(), losses.ELBO(), losses.ELBO("stl"), losses.IWAE(3)):
+        start.start.grad = None
+        with pyro.get_param_store().scope():
+            loss.loss_and_grads(vae, guide, x)
+        torch.testing.assert_close(-start.start.grad, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_envelope_holds_the_posterior_constant():
+    """The decoder's gradient is that of log p(x, z) at draws that do not move."""
+    vae, x = _smooth()
+    start = Start(torch.zeros(3, 2, dtype=torch.double))
+    for update in ("newton", "damped"):
+        guide = guides.Laplace(vae, start, num_steps=3, update=update, gradient="envelope")
+        q = guide.posterior(x)
+        assert not q.loc.requires_grad
+        assert not q.scale_tril.requires_grad
+        torch.manual_seed(1)
+        (ours,) = torch.autograd.grad(guide._weighted(2, x).mean(0).sum(), vae.decoder.head.weight)
+        torch.manual_seed(1)
+        u = q.loc + (q.scale_tril @ torch.randn(2, 3, 2, dtype=torch.double).unsqueeze(-1)).squeeze(-1)
+        value = guide.space(x).log_joint(u, x).mean(0).sum()
+        (expected,) = torch.autograd.grad(value, vae.decoder.head.weight)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def _logistic(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+    s = pyro.sample("s", dist.LogNormal(x.new_zeros(()), 0.5))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=(x @ w) / s), obs=y)
+
+
+def test_joint_mode_equals_pyro_s_laplace_approximation():
+    """Mean and covariance of `AutoLaplaceApproximation(...).laplace_approximation()`, its SVI run to the same mode."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=generator, dtype=torch.double)
+    y = torch.bernoulli((x @ torch.tensor([1.0, -1.0, 0.5], dtype=torch.double)).sigmoid(), generator=generator)
+    guide = guides.Laplace(_logistic, None, num_steps=100, plate=None, tolerance=1e-10, example=(x, y))
+    frozen = guide.laplace_approximation(x, y)
+    ours = frozen.posterior(x, y)
+    with pyro.get_param_store().scope():
+        theirs = AutoLaplaceApproximation(_logistic, init_loc_fn=init_to_value(values=_values(guide, x, y)))
+        theirs(x, y)
+        optimizer = torch.optim.LBFGS([theirs.loc], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = Trace_ELBO().differentiable_loss(_logistic, theirs, x, y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        q = theirs.laplace_approximation(x, y).get_posterior()
+    torch.testing.assert_close(ours.loc[0], q.loc.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.covariance_matrix[0], q.covariance_matrix.detach(), rtol=1e-4, atol=1e-6)
+    # x'w / s is not linear in (w, s): Gauss-Newton is another matrix
+    other = guides.Laplace(_logistic, None, num_steps=100, plate=None, curvature="fisher", example=(x, y))
+    assert (other.mode(x, y).precision - ours.precision_matrix).abs().max() > 0.1
+
+
+def _values(guide, x, y):
+    return guide.space(x, y).constrain(guide.mode(x, y).loc + 0.3)
+
+
+def test_frozen_approximation_of_local_data():
+    model, x = problems.ppca(rows=5)
+    guide = guides.Laplace(model, random_start(x, 10), num_steps=20, tolerance=1e-9)
+    frozen = guide.laplace_approximation(x)
+    exact = model.posterior(x)
+    assert (frozen.posterior(x).loc - exact.loc).abs().max() < 1e-7
+    assert (frozen.posterior(x).covariance_matrix - exact.covariance_matrix).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="parameters of 5 data"):
+        frozen.posterior(x[:3])
+    assert evidence.elbo(model, frozen, x, num_samples=10).values.shape == (5,)  # chunked over all rows at once

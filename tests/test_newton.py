@@ -1,0 +1,139 @@
+"""Newton-CG, curvature as a product, probed gradients: against matrices, finite differences and closed forms."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from bench import problems
+
+from pyrovae.curvature import Curvature
+from pyrovae.latents import LatentSpace
+from pyrovae.models import VAE
+from pyrovae.nets import MLP, LinearHeadDecoder
+from pyrovae.newton import conjugate_gradient, find_mode
+
+
+def _systems(rows=6, dim=5):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(rows, dim, dim, generator=generator, dtype=torch.double)
+    matrix = root @ root.mT + torch.eye(dim, dtype=torch.double)
+    return matrix, torch.randn(rows, dim, generator=generator, dtype=torch.double)
+
+
+def _times(matrix):
+    return lambda p: (matrix @ p.unsqueeze(-1)).squeeze(-1)
+
+
+def test_conjugate_gradient_solves_in_as_many_steps_as_dimensions():
+    matrix, target = _systems()
+    exact = torch.linalg.solve(matrix, target)
+    found = conjugate_gradient(_times(matrix), target, num_steps=5, tolerance=1e-14)
+    assert (found - exact).abs().max() < 1e-10
+    close = torch.linalg.cholesky(matrix)
+    found = conjugate_gradient(
+        _times(matrix), target, num_steps=1, precondition=lambda r: torch.cholesky_solve(r[..., None], close)[..., 0]
+    )
+    assert (found - exact).abs().max() < 1e-12
+
+
+def test_a_row_of_conjugate_gradient_does_not_depend_on_the_others():
+    matrix, target = _systems()
+    together = conjugate_gradient(_times(matrix), target, num_steps=3)
+    for row in range(len(target)):
+        alone = conjugate_gradient(_times(matrix[row : row + 1]), target[row : row + 1], num_steps=3)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-12, atol=1e-12)
+
+
+def test_negative_curvature_gives_the_gradient():
+    matrix, target = _systems()
+    matrix[2] = -matrix[2]
+    found = conjugate_gradient(_times(matrix), target, num_steps=20, tolerance=1e-12)
+    assert torch.equal(found[2], target[2])
+    assert (found[3] - torch.linalg.solve(matrix[3], target[3])).abs().max() < 1e-9
+
+
+def _models():
+    torch.manual_seed(0)
+    x = torch.randn(4, 9, dtype=torch.double)
+    binary = (x > 0).double()
+    yield "head, Gram", VAE(LinearHeadDecoder(3, [7], (9,), torch.nn.Tanh).double(), 3, "gaussian"), x
+    yield "head, Bernoulli", VAE(LinearHeadDecoder(3, [7], (9,), torch.nn.Tanh).double(), 3), binary
+    yield "no head", VAE(MLP([3, 7, 9], torch.nn.Tanh).double(), 3, "gaussian"), x
+    yield "two sites", problems.gamma_normal, x[:, :3]
+    yield "Hessian only", _student, x[:, :2]
+
+
+def _student(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.StudentT(4.0, z.sin() + z, 0.7).to_event(1), obs=x)
+
+
+CASES = list(_models())
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+@pytest.mark.parametrize(("model", "x"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_operator_is_the_matrix(model, x, beta):
+    bound = LatentSpace(model, x).bind(x)
+    u = 0.3 * torch.randn(len(x), bound.space.dim, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    curvature = Curvature(bound, beta=beta, floor=0.0)
+    here, operator = curvature.at(u), curvature.operator(u)
+    torch.testing.assert_close(operator.log_joint, here.log_joint, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(operator.gradient, here.gradient, rtol=1e-10, atol=1e-10)
+    p = torch.randn(u.shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+    usable = ~here.floored
+    assert usable.any()
+    product = (here.precision @ p.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(operator.product(p)[usable], product[usable], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("model", "x"), [case[1:] for case in CASES[:4]], ids=[case[0] for case in CASES[:4]])
+def test_probed_gradient_is_unbiased(model, x):
+    """Averaged over probes, the gradient of tr(A Lambda) with respect to u equals the exact one within 4 se."""
+    bound = LatentSpace(model, x).bind(x)
+    dim = bound.space.dim
+    u = 0.3 * torch.randn(len(x), dim, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(len(x), dim, dim, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+    curvature = Curvature(bound)
+
+    def gradient(num_probes):
+        leaf = u.clone().requires_grad_()
+        precision, _ = curvature.precision(leaf, create_graph=True, num_probes=num_probes)
+        return precision.detach(), torch.autograd.grad((weight * precision).sum(), leaf)[0]
+
+    torch.manual_seed(0)
+    value, exact = gradient(0)
+    found = []
+    for _ in range(400):
+        probed, one = gradient(1)
+        torch.testing.assert_close(probed, value, rtol=1e-12, atol=1e-12)  # the value is not estimated
+        found.append(one)
+    draws = torch.stack(found)
+    se = draws.std(0) / 20
+    assert se.max() > 0
+    assert ((draws.mean(0) - exact).abs() < 4.5 * se + 1e-12).all()
+
+
+def test_find_mode_is_exact_on_ppca_and_no_datum_depends_on_its_batch():
+    model, x = problems.ppca()
+    bound = LatentSpace(model, x).bind(x)
+    start = torch.randn(len(x), 10, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    found = find_mode(Curvature(bound), start, 8, num_cg=10, tolerance=0.0)
+    assert (found - model.posterior(x).loc).abs().max() < 1e-7
+    alone = find_mode(Curvature(bound.space.bind(x[3:4])), start[3:4], 2, num_cg=3, tolerance=0.0)
+    together = find_mode(Curvature(bound), start, 2, num_cg=3, tolerance=0.0)
+    torch.testing.assert_close(alone[0], together[3], rtol=1e-9, atol=1e-9)
+
+
+def test_find_mode_climbs_where_the_curvature_is_negative():
+    """Between the modes of z^2 = 2.25 + noise the log-joint is convex: the search must leave, and find a mode."""
+    x = torch.tensor([2.25, 2.25], dtype=torch.double)
+    bound = LatentSpace(problems.bimodal, x).bind(x)
+    start = torch.tensor([[0.05], [-0.3]], dtype=torch.double)
+    found = find_mode(Curvature(bound), start, 40, num_cg=5, tolerance=1e-12)
+    # d/dz log p = -z + 2 z (x - z^2) / s^2 = 0  =>  z^2 = x - s^2 / 2
+    root = (2.25 - 0.25**2 / 2) ** 0.5
+    assert (found.flatten() - torch.tensor([root, -root], dtype=torch.double)).abs().max() < 1e-5
