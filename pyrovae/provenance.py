@@ -38,6 +38,7 @@ class Provenance:
         split: which part the number is about ("test").
         num_data: data the number is a mean of.
         binarization: "none", "static" or "dynamic".
+        preprocessing: of grey values: "none", "logit" or "centred".
         likelihood: of the observation.
         num_samples: draws per datum of the estimator (None: not one number).
         seed, dtype, device, threads: how it was run.
@@ -50,6 +51,7 @@ class Provenance:
     split: str = ""
     num_data: int = 0
     binarization: str = ""
+    preprocessing: str = ""
     likelihood: str = ""
     seed: int | None = 0
     num_samples: int | None = None
@@ -59,7 +61,8 @@ class Provenance:
     threads: int = field(default_factory=torch.get_num_threads)
     versions: dict[str, str] = field(default_factory=_versions)
 
-    comparable_fields = ("data", "fingerprint", "split", "num_data", "binarization", "likelihood", "kl_weight")
+    comparable_fields = ("data", "fingerprint", "split", "num_data", "binarization", "preprocessing", "likelihood",
+                         "kl_weight")  # fmt: skip
 
     @classmethod
     def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any], **known: Any) -> Provenance:

@@ -45,7 +45,7 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     test = test[:1000]
     outcome = Outcome(settings, images, Provenance(
         data=images.name, fingerprint=images.fingerprint, split="test", num_data=len(test),
-        binarization=images.binarization, likelihood=likelihood, seed=settings.seed,
+        binarization=images.binarization, preprocessing=images.preprocessing, likelihood=likelihood, seed=settings.seed,
         num_samples=settings.num_samples, device=settings.device, threads=threads,
         dtype=str(test.dtype).removeprefix("torch."),
     ))  # fmt: skip
