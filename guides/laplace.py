@@ -200,10 +200,13 @@ class Laplace(DensityGuide):
     def _implicit(self, log_joint: LogJoint, start: Tensor, *, train: bool) -> Mode:
         """The mode by Newton-CG; with `train`, its derivative by the implicit function theorem."""
         curvature = Curvature(log_joint, beta=handlers.kl_weight(), hessian=self.hessian)
-        loc = find_mode(curvature, start, self.num_steps, num_cg=self.num_cg, tolerance=_STANDSTILL * self.tolerance)
+        objective = log_joint.recorded(start)
+        loc = find_mode(
+            curvature, objective, start, self.num_steps, num_cg=self.num_cg, tolerance=_STANDSTILL * self.tolerance
+        )
         with torch.enable_grad():
             leaf = loc.requires_grad_()
-            value = log_joint.recorded(leaf)(leaf, curvature.beta).sum()
+            value = objective(leaf, curvature.beta).sum()
             (slope,) = torch.autograd.grad(value, leaf, create_graph=train)
         point = leaf.detach()
         if train:

@@ -69,6 +69,7 @@ class Curvature:
     ) -> None:
         self.log_joint, self.space, self.beta, self.floor = log_joint, log_joint.space, beta, floor
         self.hessian = hessian
+        self._grams: dict[str, Tensor] = {}  # without gradient, for products: the parameters stand still meanwhile
 
     def at(self, u: Tensor, *, create_graph: bool = False) -> Expansion:
         """The expansion at `u: [B, D]`; with `create_graph` everything in it can be differentiated."""
@@ -173,14 +174,14 @@ class Curvature:
             (hidden,) = jacobian(lambda point: (trunk(point),), u)
             gram = self._gram(seen, parameters, weight)
             if gram is not None:
-                return torch.einsum("dbh,ebh->bde", hidden @ gram, hidden)
+                return _contract(hidden @ gram, hidden)
             columns = {parameters[0]: (hidden @ weight.T).reshape(-1, *blocks[parameters[0]].parameter.shape)}
         else:
             columns = self._traced_jacobian(seen.name, parameters, u)
         total = u.new_zeros(*u.shape, u.shape[-1])
         for name in parameters:
             product = seen.weigh(blocks[name].product(columns[name]), lead=1)
-            total = total + torch.einsum("dbk,ebk->bde", self._by_row(seen, columns[name]), self._by_row(seen, product))
+            total = total + _contract(self._by_row(seen, columns[name]), self._by_row(seen, product))
         return total
 
     def _by_row(self, seen: Site, columns: Tensor) -> Tensor:
@@ -206,10 +207,13 @@ class Curvature:
     ) -> Callable[[Tensor], Tensor]:
         blocks = _blocks(seen)
         head = self._head(seen, parameters, blocks, leaf)
-        gram = None if head is None else self._gram(seen, parameters, head[1])
-        if head is not None and gram is not None:
-            hidden, fixed = head[0](leaf), gram.detach()
-            return sandwich(hidden, leaf, lambda tangent: tangent @ fixed)
+        if head is not None and seen.name not in self._grams:
+            gram = self._gram(seen, parameters, head[1])
+            if gram is not None:
+                self._grams[seen.name] = gram.detach()
+        if head is not None and seen.name in self._grams:
+            fixed = self._grams[seen.name]
+            return sandwich(head[0](leaf), leaf, lambda tangent: tangent @ fixed)
 
         def weighed(name: str) -> Callable[[Tensor], Tensor]:
             return lambda tangent: seen.weigh(blocks[name].product(tangent)).detach()
@@ -316,6 +320,11 @@ def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         lift = torch.where(floored[:, None], torch.maximum(size, least) - values, torch.zeros_like(values))
         correction = (vectors * lift.unsqueeze(-2)) @ vectors.mT
     return symmetric + correction, floored
+
+
+def _contract(first: Tensor, second: Tensor) -> Tensor:
+    """sum_k first[d, b, k] second[e, b, k], `[B, D, D]`."""
+    return first.movedim(0, 1) @ second.movedim(0, 1).mT
 
 
 def _blocks(seen: Site) -> dict[str, FisherBlock]:

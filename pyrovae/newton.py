@@ -18,23 +18,32 @@ from pyrovae.curvature import Curvature, Expansion
 __all__ = ["conjugate_gradient", "covariance_factor", "find_mode", "newton_step"]
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)
+_FORCING = 0.1  # each Newton system is solved to this share of its gradient: the next one corrects the rest
 _ARMIJO = 1e-4  # share of the promised rise that a step must bring
 
 
-def find_mode(curvature: Curvature, u: Tensor, num_steps: int, *, num_cg: int, tolerance: float) -> Tensor:
+def find_mode(
+    curvature: Curvature,
+    objective: Callable[..., Tensor],
+    u: Tensor,
+    num_steps: int,
+    *,
+    num_cg: int,
+    tolerance: float,
+) -> Tensor:
     """Climb the log-joint from `u: [B, D]`, without gradient; returns where it ended.
 
     Args:
+        objective: the log-joint `(u, beta) -> [B]` for step lengths, as `LogJoint.recorded` gives it.
         num_steps: Newton steps at most.
         num_cg: conjugate-gradient iterations per step at most.
         tolerance: Newton decrement g's / 2 in nats below which a datum stands still.
     """
     u = u.detach()
-    objective = curvature.log_joint.recorded(u)
     moving = torch.ones(len(u), dtype=torch.bool, device=u.device)
     for _ in range(num_steps):
         here = curvature.operator(u)
-        step = conjugate_gradient(here.product, here.gradient, num_steps=num_cg)
+        step = conjugate_gradient(here.product, here.gradient, num_steps=num_cg, tolerance=_FORCING)
         slope = (here.gradient * step).sum(-1)
         moving = moving & (0.5 * slope > tolerance)
         if not moving.any():

@@ -121,10 +121,11 @@ def test_find_mode_is_exact_on_ppca_and_no_datum_depends_on_its_batch():
     model, x = problems.ppca()
     bound = LatentSpace(model, x).bind(x)
     start = torch.randn(len(x), 10, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    found = find_mode(Curvature(bound), start, 8, num_cg=10, tolerance=0.0)
+    found = find_mode(Curvature(bound), bound, start, 12, num_cg=10, tolerance=0.0)
     assert (found - model.posterior(x).loc).abs().max() < 1e-7
-    alone = find_mode(Curvature(bound.space.bind(x[3:4])), start[3:4], 2, num_cg=3, tolerance=0.0)
-    together = find_mode(Curvature(bound), start, 2, num_cg=3, tolerance=0.0)
+    single = bound.space.bind(x[3:4])
+    alone = find_mode(Curvature(single), single, start[3:4], 2, num_cg=3, tolerance=0.0)
+    together = find_mode(Curvature(bound), bound, start, 2, num_cg=3, tolerance=0.0)
     torch.testing.assert_close(alone[0], together[3], rtol=1e-9, atol=1e-9)
 
 
@@ -133,7 +134,7 @@ def test_find_mode_climbs_where_the_curvature_is_negative():
     x = torch.tensor([2.25, 2.25], dtype=torch.double)
     bound = LatentSpace(problems.bimodal, x).bind(x)
     start = torch.tensor([[0.05], [-0.3]], dtype=torch.double)
-    found = find_mode(Curvature(bound), start, 40, num_cg=5, tolerance=1e-12)
+    found = find_mode(Curvature(bound), bound, start, 40, num_cg=5, tolerance=1e-12)
     # d/dz log p = -z + 2 z (x - z^2) / s^2 = 0  =>  z^2 = x - s^2 / 2
     root = (2.25 - 0.25**2 / 2) ** 0.5
     assert (found.flatten() - torch.tensor([root, -root], dtype=torch.double)).abs().max() < 1e-5
