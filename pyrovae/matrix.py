@@ -20,7 +20,7 @@ def matrix() -> str:
 
     Example:
         >>> print(matrix().splitlines()[0])
-        | guide | `ELBO` | `ELBO(stratified)` | `IWAE-5` | `E_q log p(x,z)` |
+        | guide | `ELBO` | `ELBO(stl)` | `ELBO(stratified)` | `IWAE-5` | `IWAE-5(reparam)` | `E_q log p(x,z)` |
     """
     registry: dict[str, Any] = losses.REGISTRY
     columns = {name: make() for name, make in registry.items()}

@@ -8,8 +8,10 @@ from pyrovae.losses.joint import ExpectedLogJoint
 
 REGISTRY = {
     "ELBO": ELBO,
+    "ELBO(stl)": partial(ELBO, "stl"),
     "ELBO(stratified)": partial(ELBO, "stratified"),
     "IWAE-5": partial(IWAE, 5),
+    "IWAE-5(reparam)": partial(IWAE, 5, "reparam"),
     "E_q log p(x,z)": ExpectedLogJoint,
 }
 

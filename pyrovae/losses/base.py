@@ -24,7 +24,8 @@ def require_pair(model: Any, guide: Any, loss: Any) -> None:
     """Raise when model, guide and loss do not go together, or the guide was built for another model."""
     require_compatible(model, guide, loss)
     built_for = getattr(guide, "model", None)
-    if built_for is not None and built_for is not model:
+    # Pyro's own guides keep the model wrapped: like all that carries no traits, they are taken at their word.
+    if hasattr(guide, "traits") and built_for is not None and built_for is not model:
         raise IncompatibleError(
             f"this {type(guide).__name__} was built for another model: build a guide for the model it is used with"
         )
@@ -49,15 +50,25 @@ class PerDatumLoss(PyroELBO):
     def _per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """`[B]`, differentiable, without N/B; may carry a gradient-only surrogate."""
 
+    def _require(self, model: Any, guide: Any) -> None:
+        """Raise when the three do not go together, or the guide lacks the hooks that these losses are made of."""
+        require_pair(model, guide, self)
+        if not hasattr(guide, "in_program"):
+            name = getattr(guide, "__name__", type(guide).__name__)
+            raise IncompatibleError(
+                f"losses.{type(self).__name__} takes one of pyrovae.guides, got {name}: use losses.ELBO() or one of "
+                "Pyro's own losses with it"
+            )
+
     def per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The objective per datum, `[B]`, nats, larger is better."""
-        require_pair(model, guide, self)
+        self._require(model, guide)
         with store.isolated(), poutine.block(), guide.in_program():
             return self._per_datum(model, guide, *args, **kwargs)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """-(N / B) * sum of the per-datum objective."""
-        require_pair(model, guide, self)
+        self._require(model, guide)
         with guide.in_program():
             guide.check_parameters(*args, **kwargs)
             value = self._per_datum(model, guide, *args, **kwargs)

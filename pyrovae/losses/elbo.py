@@ -5,6 +5,27 @@
 `estimator="reparam"`: one reparameterised draw, every KL that has a closed form taken analytically (after 780 MNIST
 steps a sampled KL was 3.3 nats behind). `estimator="stratified"`: one draw per mixture component, weighed exactly,
 which makes the weights' gradient exact too; for other families plain draws with a sampled KL.
+
+`estimator="stl"`, sticking the landing (Roeder, Wu & Duvenaud 2017): with u = u(eps, lam) and lam any function of the
+parameters psi of guide and model,
+
+    d/dpsi [log p(x, u) - log q(u; lam)] = d log p / dpsi  +  d(log p - log q)/du  du/dpsi  -  d log q / dlam  dlam/dpsi
+
+The last term is dropped by holding q's parameters constant inside log q. Its mean is zero, E_q[d log q / dlam] = 0 at
+every lam: also where lam follows the model's parameters (Laplace, refinement) or noise of its own, because the draw's
+eps is independent of lam. What is left for the guide's own parameters vanishes draw by draw where q is the posterior.
+The landing is not always to be stuck to. Root of the summed variance of the gradient, pPCA with 3 latents, 8 data:
+
+| q | for | "reparam" | "stl" |
+| --- | --- | --- | --- |
+| the exact posterior | guide | 131 | 0 |
+| the best factorised Gaussian | guide | 92 | 29 |
+| a factor e too narrow | guide | 34 | 215 |
+| Laplace's, exact at any parameters of the model | model | 0 | 16 |
+
+The last line: log p(x, u) - log q(u) is log p(x) at every u, and dropping a term of its gradient brings noise back.
+After the same training on digits, "stl" was ahead by 0.14 +- 0.03 nats (held-out IWAE-1000) with `Amortized`, by
+0.02 +- 0.02 with `SemiAmortized` and 0.00 +- 0.03 with `Laplace`.
 """
 
 from __future__ import annotations
@@ -19,6 +40,7 @@ from torch.distributions import kl_divergence
 
 from pyrovae import handlers, store
 from pyrovae.compat import LossTraits
+from pyrovae.errors import PlateError
 from pyrovae.losses.base import PerDatumLoss, require_pair
 from pyrovae.plates import per_datum
 
@@ -26,20 +48,26 @@ __all__ = ["ELBO"]
 
 
 def ELBO(
-    estimator: Literal["reparam", "stratified"] = "reparam", num_particles: int = 1, *, plate: str | None = "data"
-) -> ReparamELBO | StratifiedELBO:
+    estimator: Literal["reparam", "stl", "dreg", "stratified"] = "reparam",
+    num_particles: int = 1,
+    *,
+    plate: str | None = "data",
+) -> ReparamELBO | PathELBO | StratifiedELBO:
     """The ELBO as a Pyro loss for stock SVI.
 
     Args:
-        estimator: "reparam" (analytic KL where closed) or "stratified" (one draw per mixture component).
+        estimator: "reparam" (analytic KL where closed), "stl" (path gradients alone, sampled KL), "dreg" (for the ELBO
+            the same as "stl": the weight that DReG squares is 1) or "stratified" (one draw per mixture component).
         num_particles: samples per datum (of each component, when stratified).
         plate: the data plate, for guides that do not say; ours do.
     """
     if estimator == "reparam":
         return ReparamELBO(num_particles=num_particles, plate=plate)
+    if estimator in ("stl", "dreg"):
+        return PathELBO(num_particles=num_particles)
     if estimator == "stratified":
         return StratifiedELBO(num_particles=num_particles)
-    raise ValueError(f"estimator must be 'reparam' or 'stratified', got {estimator!r}")
+    raise ValueError(f"estimator must be 'reparam', 'stl', 'dreg' or 'stratified', got {estimator!r}")
 
 
 class ReparamELBO(TraceMeanField_ELBO):
@@ -85,8 +113,26 @@ def _terms(model_trace: Any, guide_trace: Any, plate: str | None) -> Tensor:
             total = total - per_datum(scale_and_mask(kl, other["scale"], other["mask"]), stack, plate)
     for name, site in guide_trace.nodes.items():
         if site["type"] == "sample" and name not in model_trace.nodes:
+            if plate is not None and all(frame.name != plate for frame in site["cond_indep_stack"]):
+                raise PlateError(
+                    f"the guide's site {name!r} lies outside the plate {plate!r}, so this ELBO has no value per datum: "
+                    "take its sum, loss.loss(...), or a guide that opens the plate"
+                )
             total = total - per_datum(site["score_parts"].entropy_term, site["cond_indep_stack"], plate)
     return total
+
+
+class PathELBO(PerDatumLoss):
+    """log p(x, u) - log q(u), q's parameters held constant inside log q: sticking the landing."""
+
+    traits = LossTraits(name="ELBO", needs_reparameterised=True)
+
+    def _per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        sampler = guide._sampler(*args, **kwargs)
+        log_joint = guide.space(*args, **kwargs).bind(*args, **kwargs)
+        u, _ = sampler.draw(self.num_particles)  # the density that comes along is not needed: one evaluation too many
+        beta = handlers.kl_weight()
+        return (log_joint(u, beta) - beta * sampler.frozen_log_prob(u)).mean(0)
 
 
 class StratifiedELBO(PerDatumLoss):
