@@ -1,11 +1,11 @@
-# make install | lint | typecheck | test | test-arviz1 | demo | bench
+# make install | lint | typecheck | test | test-arviz1 | demo | bench | reproduce NAME=savae-mnist
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(CURDIR)/$(VENV)/bin
 STAMP   := $(VENV)/.installed
 JOBS    ?= 2
 
-.PHONY: install lint typecheck test test-arviz1 demo bench clean
+.PHONY: install lint typecheck test test-arviz1 demo bench reproduce clean
 
 install: $(STAMP)
 
@@ -48,6 +48,11 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# Published results again; ARGS="--preset paper --device cuda" and so on. Data below PYROVAE_DATA.
+reproduce: $(STAMP)
+	@test -n "$(NAME)" || { echo "say which one: make reproduce NAME=savae-mnist"; exit 2; }
+	$(BIN)/python benchmarks/reproduce.py $(NAME) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -12,6 +12,7 @@ else:
     from pyrovae.guides.amortized import Amortized
     from pyrovae.guides.base import DensityGuide, FamilyGuide, Guide
     from pyrovae.guides.laplace import Laplace
+    from pyrovae.guides.local_svi import LocalSVI
     from pyrovae.guides.mixture import Mixture
     from pyrovae.guides.semi_amortized import SemiAmortized
     from pyrovae.guides.short_run import ShortRun
@@ -19,12 +20,13 @@ else:
     REGISTRY = {
         "amortized": Amortized,
         "semi-amortized": SemiAmortized,
+        "local-svi": LocalSVI,
         "laplace": Laplace,
         "mixture": Mixture,
         "short-run": ShortRun,
     }
 
     __all__ = [
-        "REGISTRY", "Amortized", "DensityGuide", "FamilyGuide", "Guide", "Laplace", "Mixture", "SemiAmortized",
-        "ShortRun",
+        "REGISTRY", "Amortized", "DensityGuide", "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture",
+        "SemiAmortized", "ShortRun",
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
-from pyrovae.families import Family, get_family
+from pyrovae.families import FAMILIES, Family, get_family, refuse_unbuilt_flow
 from pyrovae.guides.base import FamilyGuide, Guide
 from pyrovae.latents import LatentSpace
 
@@ -36,7 +36,8 @@ class Amortized(FamilyGuide):
         model: the Pyro program.
         encoder: module from the data to `lam: [B, P]`, P = `family.num_params`; None (joint mode only) learns one
             constant `lam: [1, P]`.
-        family: "diagonal", "full-rank", "low-rank", "mixture", a `Family` class, or a callable of D.
+        family: "diagonal", "full-rank", "low-rank", "mixture", a `Family` class, or a callable of D; or a flow, built
+            (`flows.IAF(dim=8, context=16)`): its weights are trained and saved with the guide.
         encoder_input: picks the encoder's input from the guide's arguments; by default the first one.
         plate, batched: as in `LatentSpace`.
         example: with `encoder=None`, arguments on which the model can be run once (parameters are made here).
@@ -67,16 +68,12 @@ class Amortized(FamilyGuide):
         example: tuple[Any, ...] = (),
     ) -> None:
         require_net(encoder)
+        refuse_unbuilt_flow(family)
         super().__init__(model, plate=plate, batched=batched)
-        self.family_spec, self.encoder_input = family, encoder_input
+        self.flow = family if isinstance(family, nn.Module) else None
+        self.__dict__["family_spec"], self.encoder_input = family, encoder_input
         self.__dict__["_family"] = None
-        mixture = family == "mixture" or getattr(family, "symmetric", True) is False
-        self.traits = GuideTraits(
-            name=f"Amortized({family})" if isinstance(family, str) else "Amortized",
-            reparameterised=not mixture,
-            gaussian_sites=not mixture,
-            stratified=True,
-        )
+        self.traits = _traits(family)
         self.encoder = encoder
         if encoder is not None:
             return
@@ -87,10 +84,14 @@ class Amortized(FamilyGuide):
         self.constant = nn.Parameter(constant_start(self, example))
 
     def _describe(self) -> str:
-        family = self.family_spec if isinstance(self.family_spec, str) else getattr(self.family_spec, "__name__", "?")
+        spec = self.family_spec
+        family = spec if isinstance(spec, str | Family) else getattr(spec, "__name__", "?")
         return f"family={family!r}, "
 
     def family(self, *args: Any, **kwargs: Any) -> Family:
+        flow = self.flow  # named in every run: Pyro registers its weights then
+        if flow is not None:
+            return get_family(flow, self.space(*args, **kwargs).dim)
         if self._family is None:
             self.__dict__["_family"] = get_family(self.family_spec, self.space(*args, **kwargs).dim)
         return self._family
@@ -99,6 +100,18 @@ class Amortized(FamilyGuide):
         if self.encoder is None:
             return self.constant
         return encode(self.encoder, self.encoder_input(*args, **kwargs), self.family(*args, **kwargs))
+
+
+def _traits(family: Any) -> GuideTraits:
+    """What a guide with this family offers."""
+    kind = FAMILIES.get(family) if isinstance(family, str) else family
+    label = family if isinstance(family, str) else type(family).__name__.lower()
+    return GuideTraits(
+        name=f"Amortized({label})" if isinstance(family, str | nn.Module) else "Amortized",
+        reparameterised=getattr(kind, "reparameterised", True),
+        gaussian_sites=getattr(kind, "gaussian", True),
+        stratified=True,
+    )
 
 
 def encode(encoder: nn.Module, x: Any, family: Family) -> Tensor:

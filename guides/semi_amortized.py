@@ -6,39 +6,59 @@ The encoder's `lam_0` is improved by K gradient steps on each datum's own ELBO L
     lam_{k+1} = lam_k + step_size * v_{k+1}
 
 Training differentiates through the steps (exact double backprop), so model and encoder are trained for the refined
-posterior. The noise of all steps is drawn before the loop.
+posterior. The noise of all steps is drawn before the loop; a random mask in the model (dropout) is drawn once a step.
+
+The ablations of the paper train the model at a constant lam_K, and the encoder
+
+    detached      by the ELBO's gradient at lam_0                                   (VAE+SVI)
+    detached-kl   by KL(q(lam_0) || q(lam_K)), lam_K constant                       (VAE+SVI+KL)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyrovae import handlers, noise
+from pyrovae import handlers
 from pyrovae.compat import GuideTraits
 from pyrovae.families import Family
 from pyrovae.guides.base import FamilyGuide
-from pyrovae.latents import LogJoint
+from pyrovae.guides.refined import Refined, RefinedGuide, start_of
+from pyrovae.guides.side_term import pull
+from pyrovae.refine import RECORD, Clip, Objective, Optimizer, by_block, climb, descend, toward
 
 __all__ = ["SemiAmortized"]
 
+Gradient = Literal["total", "first-order", "detached", "detached-kl"]
 
-class SemiAmortized(FamilyGuide):
+
+class SemiAmortized(RefinedGuide):
     """Refine another guide's variational parameters by inner gradient steps.
 
     Args:
         base: a guide with a family (`Amortized`, `Mixture`).
         num_steps: K >= 0; 0 is the base, bit for bit.
-        step_size: per-datum step on `lam`, a number or one per block (`{"loc": 0.1, "log_var": 0.05}`).
-        momentum: in [0, 1).
+        step_size: per-datum step on `lam`, a number or one per block (`{"loc": 0.1, "log_var": 0.05}`); 0.1.
+        momentum: in [0, 1); 0.5.
         num_samples: draws per inner gradient.
         antithetic: add the mirrored draw of each (families with symmetric noise): on a quadratic log-joint the
             gradient of the location is then exact.
-        second_order: differentiate through the steps; False treats each step's gradient as a constant.
+        gradient: what trains the encoder. "total" (default) differentiates through the steps; "first-order" treats
+            each step's gradient as a constant; "detached" and "detached-kl" are the ablations above.
         max_norm: clip each datum's gradient to this norm, per block; a number, one per block, or None.
+        memory: "light" keeps `lam` and `v` of every step alone and computes the rest again in the backward pass: the
+            same gradient to the last digit, memory that hardly grows with K, more time. "fast" keeps everything.
+        inner: "gradient" takes the steps above; "svi" takes K steps of a torch optimizer without a graph, and has
+            the detached gradients only.
+        optimizer: with `inner="svi"`, from a list of parameters to a torch optimizer whose coordinates are independent
+            (not LBFGS); by default `torch.optim.Adam(params, lr=0.05)`.
+
+    Note:
+        The model must be twice differentiable in its latents for "total": cuDNN's recurrent nets and fused attention
+        are not. Batch normalisation in training mode makes rows depend on each other.
     """
 
     traits = GuideTraits(name="SemiAmortized", gaussian_sites=True, stratified=True)
@@ -47,19 +67,40 @@ class SemiAmortized(FamilyGuide):
         self,
         base: FamilyGuide,
         num_steps: int = 10,
-        step_size: float | Mapping[str, float] = 0.1,
-        momentum: float = 0.5,
+        step_size: float | Mapping[str, float] | None = None,
+        momentum: float | None = None,
         *,
         num_samples: int = 1,
         antithetic: bool = False,
-        second_order: bool = True,
+        gradient: Gradient | None = None,
         max_norm: float | Mapping[str, float] | None = 5.0,
+        memory: Literal["fast", "light"] = "fast",
+        inner: Literal["gradient", "svi"] = "gradient",
+        optimizer: Optimizer | None = None,
     ) -> None:
         if not isinstance(base, FamilyGuide):
             raise TypeError(
                 f"SemiAmortized refines a guide with a family, got {type(base).__name__}: pass the guide alone, "
                 "SemiAmortized(Amortized(model, encoder), num_steps=10)"
             )
+        if inner not in ("gradient", "svi") or memory not in ("fast", "light"):
+            raise ValueError(
+                f"inner must be 'gradient' or 'svi' and memory 'fast' or 'light', got {inner!r}, {memory!r}"
+            )
+        if gradient is None:
+            gradient = "total" if inner == "gradient" else "detached"
+        if gradient not in get_args(Gradient):
+            raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient!r}")
+        if inner == "svi" and gradient in ("total", "first-order"):
+            raise ValueError(
+                f"a torch optimizer's steps carry no graph, so inner='svi' has no {gradient!r} gradient: use "
+                "gradient='detached' or 'detached-kl', or inner='gradient'"
+            )
+        if inner == "svi" and (step_size is not None or momentum is not None):
+            raise ValueError("with inner='svi' steps and momentum are the optimizer's: optimizer=lambda params: ...")
+        if inner == "gradient" and optimizer is not None:
+            raise ValueError("an optimizer steps only with inner='svi': pass that, or step_size and momentum")
+        step_size, momentum = 0.1 if step_size is None else step_size, 0.5 if momentum is None else momentum
         if num_steps < 0 or num_samples < 1 or not 0 <= momentum < 1:
             raise ValueError("SemiAmortized needs num_steps >= 0, num_samples >= 1 and momentum in [0, 1)")
         for value in step_size.values() if isinstance(step_size, Mapping) else (step_size,):
@@ -68,92 +109,60 @@ class SemiAmortized(FamilyGuide):
         super().__init__(base.model, plate=base.plate, batched=base.batched)
         self.base = base
         self.num_steps, self.step_size, self.momentum = num_steps, step_size, momentum
-        self.num_samples, self.antithetic, self.second_order = num_samples, antithetic, second_order
-        self.max_norm = max_norm
-        inner = base.traits
+        self.num_samples, self.antithetic, self.max_norm = num_samples, antithetic, max_norm
+        self.gradient, self.memory, self.inner = gradient, memory, inner
+        self.optimizer = optimizer or _adam
         self.traits = GuideTraits(
             name="SemiAmortized",
-            reparameterised=inner.reparameterised,
-            gaussian_sites=inner.gaussian_sites,
+            reparameterised=base.traits.reparameterised,
+            gaussian_sites=base.traits.gaussian_sites,
             stratified=True,
         )
 
     def _describe(self) -> str:
-        return f"{self.base!r}, num_steps={self.num_steps}, step_size={self.step_size}, "
+        steps = f"step_size={self.step_size}" if self.inner == "gradient" else "inner='svi'"
+        return f"{self.base!r}, num_steps={self.num_steps}, {steps}, gradient={self.gradient!r}, "
 
     def family(self, *args: Any, **kwargs: Any) -> Family:
         return self.base.family(*args, **kwargs)
 
-    def lam(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._path(*args, **kwargs)[-1]
-
     def path(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """`lam_0, ..., lam_K`, each `[B, P]`."""
         with self._aside():
-            return self._path(*args, **kwargs)
+            return self._path(*args, **kwargs)[0]
 
-    def _path(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        lam = self.base.lam(*args, **kwargs)
-        path = [lam]
+    def _refine(self, *args: Any, **kwargs: Any) -> Refined:
+        path, term = self._path(*args, **kwargs)
+        return Refined(path[-1], term)
+
+    def _path(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Tensor | None]:
+        lam, term = start_of(self.base, *args, **kwargs)
         if self.num_steps == 0:
-            return path
-        family = self.base.family(*args, **kwargs)
-        if self.antithetic and not family.symmetric:
-            raise ValueError(f"antithetic draws need a family with symmetric noise, not {family!r}")
-        training = torch.is_grad_enabled() and lam.requires_grad
-        through = training or (torch.is_grad_enabled() and self.second_order)
+            return [lam], term
+        family = self.family(*args, **kwargs)
         log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
-        draws = [
-            noise.normal(self.num_samples, len(lam), family.strata_noise_dim, like=lam) for _ in range(self.num_steps)
-        ]
-        step_size = _by_block(family, self.step_size, lam)
-        if not through:
-            lam = lam.detach()
-        velocity = torch.zeros_like(lam)
-        for eps in draws:
-            with torch.enable_grad():
-                if not lam.requires_grad:
-                    lam = lam.detach().requires_grad_()
-                objective = self._objective(family, lam, eps, log_joint)
-                (gradient,) = torch.autograd.grad(objective.sum(), lam, create_graph=through and self.second_order)
-            velocity = self.momentum * velocity + self._clip(family, gradient)
-            lam = lam + step_size * velocity
-            path.append(lam if through else lam.detach())
-        return path
-
-    def _objective(self, family: Family, lam: Tensor, eps: Tensor, log_joint: LogJoint) -> Tensor:
-        """Each datum's ELBO, `[B]` (KL part annealed as outside)."""
-        if self.antithetic:
-            eps = torch.cat([eps, -eps])
-        beta = handlers.kl_weight()
-        log_weights, u = family.stratified(lam, eps)
-        value = log_joint(u, beta)
-        entropy = family.entropy(lam)
-        if entropy is None:
-            value, entropy = value - beta * family(lam).log_prob(u), lam.new_zeros(len(lam))
-        return (log_weights.exp() * value).sum(0) + beta * entropy
-
-    def _clip(self, family: Family, gradient: Tensor) -> Tensor:
-        if self.max_norm is None:
-            return gradient
-        limit = _by_block(family, self.max_norm, gradient)
-        parts = []
-        for block in family.blocks.values():
-            part = gradient[:, block]
-            if part.shape[1] == 0:
-                continue
-            norm = part.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()
-            parts.append(part * (limit[block][:1] / norm).clamp(max=1.0))
-        return torch.cat(parts, dim=-1)
+        objective = Objective(family, log_joint, beta=handlers.kl_weight(), antithetic=self.antithetic)
+        draws = [objective.noise(self.num_samples, lam) for _ in range(self.num_steps)]
+        spare = objective.noise(self.num_samples, lam) if self.gradient == "detached-kl" else None
+        clip = Clip(family, self.max_norm, lam)
+        if self.num_steps >= RECORD:
+            objective.record(lam, draws[0])
+        graph = torch.is_grad_enabled() and self.gradient in ("total", "first-order")
+        start = lam if graph else lam.detach()
+        if self.inner == "svi":
+            path, first = descend(objective, start, draws, optimizer=self.optimizer, clip=clip)
+        else:
+            path, first = climb(
+                objective, start, draws, step_size=by_block(family, self.step_size, lam), momentum=self.momentum,
+                clip=clip, second_order=graph and self.gradient == "total", light=self.memory == "light",
+            )  # fmt: skip
+        if torch.is_grad_enabled() and not graph and lam.requires_grad:
+            if spare is not None:
+                first = toward(family, lam, path[-1], spare)
+            own = pull(lam, first)
+            term = own if term is None else term + own
+        return path, term
 
 
-def _by_block(family: Family, value: float | Mapping[str, float], like: Tensor) -> Tensor:
-    """A number, or one per named block, as `[P]`."""
-    full = torch.empty(family.num_params, dtype=like.dtype, device=like.device)
-    if not isinstance(value, Mapping):
-        return full.fill_(value)
-    if set(value) != set(family.blocks):
-        raise ValueError(f"give one value for each block of {family!r}: {', '.join(family.blocks)}; got {list(value)}")
-    for name, block in family.blocks.items():
-        full[block] = value[name]
-    return full
+def _adam(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=0.05)

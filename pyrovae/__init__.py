@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "data", "diagnose", "evidence", "export", "families", "guides", "handlers", "latents", "losses", "models",
+    "data", "diagnose", "evidence", "export", "families", "flows", "guides", "handlers", "latents", "losses", "models",
     "nets", "plots", "reference", "runtime", "samplers",
 )  # fmt: skip
 _NAMES = {

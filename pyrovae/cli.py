@@ -18,7 +18,7 @@ def _root() -> None:
 
 @app.command()
 def compare(
-    data: Annotated[str, typer.Option(help="digits, mnist, or a path to an .npz with 'train' and 'test'")] = "digits",
+    data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, omniglot, or an .npz file")] = "digits",
     guides: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
     latent_dim: Annotated[int, typer.Option(min=1, help="latents per datum")] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="training epochs of every guide (5 with --quick)")] = 50,
@@ -52,6 +52,40 @@ def compare(
     except (ValueError, FileNotFoundError, CheckpointError, ParameterCollision, TrainingDiverged) as error:
         console.print(f"[bold red]pyrovae compare:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+@app.command()
+def certify(
+    guides: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
+    problems: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="of training and evaluation")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default")] = None,
+    out: Annotated[str, typer.Option(help="page to write [default: docs/certification.md, for the whole table]")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="two problems, less training: proves little")] = False,
+) -> None:
+    """Hold every guide against exact answers; exit with status 1 if any fails."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from pyrovae.certification import Settings, run
+
+    console = Console()
+    if console.width < 150:
+        console = Console(width=150)
+    try:
+        settings = Settings(
+            guides=_names(guides), problems=_names(problems), seed=seed, threads=threads, out=out or None, quick=quick
+        )
+    except ValueError as error:
+        console.print(f"[bold red]pyrovae certify:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    outcome = run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
+    if not outcome.passed:
+        raise typer.Exit(1)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def main() -> None:

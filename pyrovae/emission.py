@@ -63,8 +63,9 @@ def site_posteriors(structure: Structure, guide_trace: Any) -> dict[str, Any]:
         elif isinstance(fn, dist.Delta):
             found[site.name] = None
         else:
-            base = fn.base_dist if isinstance(fn, torch.distributions.TransformedDistribution) else fn
-            found[site.name] = base
+            if isinstance(fn, torch.distributions.TransformedDistribution):
+                fn = None if site.is_real else fn.base_dist  # a flow, or a Gaussian on a constrained site
+            found[site.name] = fn
     return found
 
 

@@ -18,7 +18,7 @@ from pyrovae.curvature import Curvature, Expansion
 __all__ = ["conjugate_gradient", "covariance_factor", "find_mode", "newton_step"]
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)
-_FORCING = 0.1  # each Newton system is solved to this share of its gradient: the next one corrects the rest
+_FORCING = 0.1  # no Newton system is solved worse than to this share of its gradient
 _ARMIJO = 1e-4  # share of the promised rise that a step must bring
 
 
@@ -41,9 +41,14 @@ def find_mode(
     """
     u = u.detach()
     moving = torch.ones(len(u), dtype=torch.bool, device=u.device)
+    before = None
     for _ in range(num_steps):
         here = curvature.operator(u)
-        step = conjugate_gradient(here.product, here.gradient, num_steps=num_cg, tolerance=_FORCING)
+        size = here.gradient.norm(dim=-1)
+        # As exact as the last step was good: cheap far away, quadratic convergence near the mode.
+        forcing = torch.full_like(size, _FORCING) if before is None else (size / before).square().clamp(max=_FORCING)
+        before = size.clamp_min(torch.finfo(size.dtype).tiny)
+        step = conjugate_gradient(here.product, here.gradient, num_steps=num_cg, tolerance=forcing)
         slope = (here.gradient * step).sum(-1)
         moving = moving & (0.5 * slope > tolerance)
         if not moving.any():
@@ -76,14 +81,14 @@ def conjugate_gradient(
     target: Tensor,
     *,
     num_steps: int,
-    tolerance: float = 1e-2,
+    tolerance: float | Tensor = 1e-2,
     precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Solve Lambda s = target, `[B, D]`, row by row, without gradient.
 
     Args:
         product: p -> Lambda p.
-        tolerance: on |Lambda s - target| / |target|.
+        tolerance: on |Lambda s - target| / |target|, a number or one per row.
         precondition: r -> M^{-1} r with M close to Lambda; the start is then M^{-1} target.
 
     A row with negative curvature along a search direction stops there: at the (preconditioned) target if it is the

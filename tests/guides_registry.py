@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyrovae import guides
+from pyrovae import flows, guides
 from pyrovae.nets import MLP
 
 
@@ -28,6 +28,26 @@ def _mixture_family(model, pixels, dim, dtype=torch.float32):
     return amortized(model, pixels, dim, dtype, "mixture", 2 + 4 * dim)
 
 
+def flow_guide(model, pixels, flow, dtype=torch.float32, **kw):
+    return guides.Amortized(model, encoder(pixels, flow.num_params, dtype), flow.to(dtype), **kw)
+
+
+def _householder(model, pixels, dim, dtype=torch.float32):
+    return flow_guide(model, pixels, flows.Householder(dim, num_transforms=min(dim, 2)), dtype)
+
+
+# One layer of bounded nets: after a test's 200 steps deeper or unbounded ones still have log-weights with a kurtosis of
+# hundreds, and standard errors from 600 of those mean nothing. tests/test_flows.py has the deeper ones.
+def _iaf(model, pixels, dim, dtype=torch.float32):
+    flow = flows.IAF(dim, num_transforms=1, context=4, hidden=(16,), activation=torch.nn.Tanh)
+    return flow_guide(model, pixels, flow, dtype)
+
+
+def _spline(model, pixels, dim, dtype=torch.float32):
+    flow = flows.Spline(dim, num_transforms=1, context=4, hidden=(16,), bins=6, activation=torch.nn.Tanh)
+    return flow_guide(model, pixels, flow, dtype)
+
+
 def _mixture(model, pixels, dim, dtype=torch.float32):
     return guides.Mixture([amortized(model, pixels, dim, dtype) for _ in range(3)])
 
@@ -38,6 +58,26 @@ def _semi(model, pixels, dim, dtype=torch.float32):
 
 def _semi_mixture(model, pixels, dim, dtype=torch.float32):
     return guides.SemiAmortized(_mixture(model, pixels, dim, dtype), num_steps=2, step_size=0.05)
+
+
+def _semi_detached(model, pixels, dim, dtype=torch.float32):
+    return guides.SemiAmortized(amortized(model, pixels, dim, dtype), 3, 0.05, gradient="detached")
+
+
+def _semi_detached_kl(model, pixels, dim, dtype=torch.float32):
+    return guides.SemiAmortized(amortized(model, pixels, dim, dtype), 3, 0.05, gradient="detached-kl")
+
+
+def _semi_svi(model, pixels, dim, dtype=torch.float32):
+    return guides.SemiAmortized(_mixture(model, pixels, dim, dtype), 3, inner="svi")
+
+
+def _local_svi(model, pixels, dim, dtype=torch.float32):
+    return guides.LocalSVI(model, max_steps=12)
+
+
+def _local_svi_from_guide(model, pixels, dim, dtype=torch.float32):
+    return guides.LocalSVI(model, base=amortized(model, pixels, dim, dtype), max_steps=4)
 
 
 def _laplace(model, pixels, dim, dtype=torch.float32):
@@ -63,9 +103,17 @@ GUIDES = {
     "amortized-full-rank": _full,
     "amortized-low-rank": _low,
     "amortized-mixture": _mixture_family,
+    "amortized-householder": _householder,
+    "amortized-iaf": _iaf,
+    "amortized-spline": _spline,
     "mixture": _mixture,
     "semi-amortized": _semi,
     "semi-amortized-mixture": _semi_mixture,
+    "semi-amortized-detached": _semi_detached,
+    "semi-amortized-detached-kl": _semi_detached_kl,
+    "semi-amortized-svi": _semi_svi,
+    "local-svi": _local_svi,
+    "local-svi-from-guide": _local_svi_from_guide,
     "laplace": _laplace,
     "laplace-averaged": _laplace_averaged,
     "short-run": _short_run,

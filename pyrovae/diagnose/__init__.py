@@ -2,10 +2,11 @@
 
 from pyrovae.diagnose.convergence import ess_bulk, ess_tail, split_rhat
 from pyrovae.diagnose.distance import correlation_error, sd_ratio, sliced_w2, standardized_mean_error
+from pyrovae.diagnose.gaps import Gaps, gaps
 from pyrovae.diagnose.psis import pareto_khat, psis_smooth
 from pyrovae.diagnose.weights import khat
 
 __all__ = [
-    "correlation_error", "ess_bulk", "ess_tail", "khat", "pareto_khat", "psis_smooth", "sd_ratio", "sliced_w2",
-    "split_rhat", "standardized_mean_error",
+    "Gaps", "correlation_error", "ess_bulk", "ess_tail", "gaps", "khat", "pareto_khat", "psis_smooth", "sd_ratio",
+    "sliced_w2", "split_rhat", "standardized_mean_error",
 ]  # fmt: skip

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pyro
 import pytest
 import torch
 from bench import problems
+from guides_registry import flow_guide
 from pyro.infer import Trace_ELBO
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae import guides
+from pyrovae import flows, guides
+from pyrovae.families import get_family
 from pyrovae.models import VAE
-from pyrovae.nets import MLP, LinearHeadDecoder
+from pyrovae.nets import MLP, LinearHeadDecoder, Table
+from pyrovae.refine import Clip, Objective, climb
 
 
 def linear_encoder(x, dim):
@@ -40,7 +47,7 @@ def test_contracts_by_the_law_with_exact_inner_gradients(steps):
     """mu_K - m = (I - alpha Lambda)^K (mu_0 - m): antithetic pairs make the gradient of the location exact."""
     model, x = problems.ppca()
     base = guides.Amortized(model, linear_encoder(x, 10))
-    alpha = 0.5 / float(torch.linalg.eigvalsh(model.precision())[-1])
+    alpha = 0.5 / float(torch.linalg.eigvalsh(model.precision().detach())[-1])
     guide = guides.SemiAmortized(base, steps, {"loc": alpha, "log_var": 1e-3}, 0.0, antithetic=True, max_norm=None)
     m = model.posterior(x).loc
     shrink = torch.linalg.matrix_power(torch.eye(10).double() - alpha * model.precision(), steps)
@@ -51,7 +58,7 @@ def test_contracts_by_the_law_with_exact_inner_gradients(steps):
 def test_one_draw_per_step_does_not_contract_exactly():
     model, x = problems.ppca()
     base = guides.Amortized(model, linear_encoder(x, 10))
-    alpha = 0.5 / float(torch.linalg.eigvalsh(model.precision())[-1])
+    alpha = 0.5 / float(torch.linalg.eigvalsh(model.precision().detach())[-1])
     guide = guides.SemiAmortized(base, 5, {"loc": alpha, "log_var": 1e-3}, 0.0, max_norm=None)
     m = model.posterior(x).loc
     shrink = torch.linalg.matrix_power(torch.eye(10).double() - alpha * model.precision(), 5)
@@ -70,14 +77,55 @@ def test_log_variance_ends_at_the_inverse_diagonal():
     assert abs(float((log_var - target).mean())) < 0.02
 
 
-@pytest.mark.parametrize("family", ["diagonal", "full-rank", "mixture"])
-def test_total_gradient_is_that_of_finite_differences(family):
+def dropout_vae():
+    """In training mode: every run of the decoder draws a mask."""
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(
+        LinearHeadDecoder(2, [6], (8,), torch.nn.Softplus), torch.nn.Dropout(0.4), torch.nn.Linear(8, 8)
+    )
+    return VAE(decoder.double(), 2, "gaussian"), torch.randn(3, 8, dtype=torch.double)
+
+
+def small_vae():
     torch.manual_seed(0)
     vae = VAE(LinearHeadDecoder(2, [6], (8,), torch.nn.Softplus).double(), 2, "gaussian")
-    x = torch.randn(3, 8, dtype=torch.double)
-    outputs = {"diagonal": 4, "full-rank": 5, "mixture": 10}[family]
-    base = guides.Amortized(vae, MLP([8, 5, outputs], torch.nn.Tanh).double(), family)
-    guide = guides.SemiAmortized(base, 4, 0.05, 0.5, max_norm=2.0)
+    return vae, torch.randn(3, 8, dtype=torch.double)
+
+
+def base_guide(vae, family):
+    outputs = {"diagonal": 4, "full-rank": 5, "low-rank": 6, "mixture": 10}
+    if family in outputs:
+        return guides.Amortized(vae, MLP([8, 5, outputs[family]], torch.nn.Tanh).double(), family)
+    flow = {
+        "householder": lambda: flows.Householder(2, 2),
+        "iaf": lambda: flows.IAF(2, 2, context=3, hidden=(5,)),
+        "coupling": lambda: flows.Coupling(2, 2, context=3, hidden=(5,), activation=torch.nn.Tanh),
+    }[family]()
+    return flow_guide(vae, 8, flow, torch.double)
+
+
+def assert_gradient_of_finite_differences(objective, parameters):
+    for parameter in parameters:
+        (gradient,) = torch.autograd.grad(objective(), parameter)
+        flat, step = parameter.data.view(-1), 1e-6
+        place = int(gradient.abs().argmax())
+        flat[place] += step
+        up = float(objective().detach())
+        flat[place] -= 2 * step
+        down = float(objective().detach())
+        flat[place] += step
+        exact = float(gradient.view(-1)[place])
+        assert exact != 0
+        assert abs((up - down) / (2 * step) - exact) < 1e-5 * (1 + abs(exact))
+
+
+@pytest.mark.parametrize("family", ["diagonal", "full-rank", "mixture", "householder", "iaf", "coupling"])
+@pytest.mark.parametrize(("steps", "memory"), [(4, "fast"), (6, "light")])
+def test_total_gradient_is_that_of_finite_differences(family, steps, memory):
+    """Encoder, decoder, noise scale and a flow's own weights; program (4 steps) and recorded graph (6)."""
+    vae, x = small_vae()
+    base = base_guide(vae, family)
+    guide = guides.SemiAmortized(base, steps, 0.05, 0.5, max_norm=2.0, memory=memory)
     guide.space(x)
 
     def objective():
@@ -85,32 +133,155 @@ def test_total_gradient_is_that_of_finite_differences(family):
         log_weights, u, log_q = guide.stratified(2, x)
         return (log_weights.exp() * (guide.space(x).bind(x)(u) - log_q)).sum()
 
-    for parameter in (base.encoder[1].weight, vae.decoder.trunk[0].weight, vae.noise["log"]):
-        (gradient,) = torch.autograd.grad(objective(), parameter)
-        flat, step = parameter.data.view(-1), 1e-6
-        flat[0] += step
-        up = float(objective())
-        flat[0] -= 2 * step
-        down = float(objective())
-        flat[0] += step
-        exact = float(gradient.view(-1)[0])
-        assert abs((up - down) / (2 * step) - exact) < 1e-5 * (1 + abs(exact))
+    weights = [base.encoder[1].weight, vae.decoder.trunk[0].weight, vae.noise["log"]]
+    if base.flow is not None:
+        weights.append(next(weight for weight in base.flow.parameters() if weight.dim() == 2))
+    assert_gradient_of_finite_differences(objective, weights)
+
+
+@pytest.mark.parametrize(("steps", "memory"), [(3, "fast"), (6, "fast"), (6, "light")])
+def test_dropout_masks_are_drawn_once_a_step_and_used_again_by_the_backward_pass(steps, memory):
+    vae, x = dropout_vae()
+    base = base_guide(vae, "diagonal")
+    guide = guides.SemiAmortized(base, steps, 0.05, 0.5, max_norm=None, memory=memory)
+    guide.space(x)
+    assert vae.training
+
+    def objective(seed=7):
+        torch.manual_seed(seed)
+        return (guide.lam(x).square() * torch.arange(1.0, 5.0)).sum()
+
+    assert_gradient_of_finite_differences(
+        objective, (base.encoder[1].weight, vae.decoder[0].trunk[0].weight, vae.decoder[2].weight)
+    )
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still alive: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, key)
+        return result
+
+    def _gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def test_light_memory_gives_the_same_gradient_to_the_last_digit_and_does_not_grow_with_the_steps():
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(MLP([4, 64, 64, 100], torch.nn.Tanh), torch.nn.Dropout(0.2), torch.nn.Linear(100, 80))
+    vae = VAE(decoder.double(), 4, "bernoulli")
+    x = torch.bernoulli(torch.full((16, 80), 0.4, dtype=torch.double))
+    base = guides.Amortized(vae, MLP([80, 16, 8], torch.nn.Tanh).double())
+    parameters = [*vae.parameters(), *base.parameters()]
+
+    def run(memory, steps):
+        guide = guides.SemiAmortized(base, steps, 0.05, max_norm=3.0, memory=memory)
+        guide.lam(x)  # space and recording are found
+        torch.manual_seed(7)
+        with LiveBytes() as live:
+            loss = guide.lam(x).square().sum()
+            held = live.now
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return gradients, held, live.most
+
+    few = {memory: run(memory, 6) for memory in ("fast", "light")}
+    many = {memory: run(memory, 24) for memory in ("fast", "light")}
+    for found in (few, many):
+        for ours, theirs in zip(found["light"][0], found["fast"][0], strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    # lam, velocity and the clipped gradient's few [B, P] against every activation of the decoder.
+    growth = {memory: [many[memory][i] - few[memory][i] for i in (1, 2)] for memory in ("fast", "light")}
+    row = 16 * 8 * 8  # bytes of one [B, P]
+    for fast, light in zip(growth["fast"], growth["light"], strict=True):
+        assert light < 18 * 6 * row
+        assert light < 0.1 * fast
+
+
+def test_adjoint_recursion_is_double_backprop():
+    """Kim et al.'s reverse recursion with exact Hessian-vector products, K = 6, momentum 0.5, against autograd."""
+    torch.manual_seed(0)
+    steps, alpha, gamma = 6, 0.1, 0.5
+    vae = VAE(LinearHeadDecoder(3, [7], (9,), torch.nn.Tanh).double(), 3, "bernoulli")
+    x = torch.bernoulli(torch.full((4, 9), 0.4, dtype=torch.double))
+    table = Table(torch.randn(4, 6, dtype=torch.double))
+    guide = guides.SemiAmortized(guides.Amortized(vae, table), steps, alpha, gamma, max_norm=None)
+    theta = list(vae.parameters())
+    family, log_joint = guide.family(x), guide.space(x).bind(x)
+
+    def f(lam, eps):  # minus the ELBO, summed over data
+        return -(log_joint(family.sample(lam, eps)).sum() + family.entropy(lam).sum())
+
+    torch.manual_seed(7)
+    path = [lam.detach() for lam in guide.path(x)]
+    last = torch.randn(1, 4, 3, dtype=torch.double)
+    torch.manual_seed(7)
+    automatic = torch.autograd.grad(f(guide.lam(x), last), [table.rows, *theta])
+
+    torch.manual_seed(7)
+    draws = [torch.randn(1, 4, 3, dtype=torch.double) for _ in range(steps)]
+    leaf = path[-1].clone().requires_grad_()
+    lam_bar, *theta_bar = torch.autograd.grad(f(leaf, last), [leaf, *theta])
+    velocity_bar = torch.zeros_like(lam_bar)
+    for k in reversed(range(steps)):
+        velocity_bar = velocity_bar + alpha * lam_bar
+        leaf = path[k].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(f(leaf, draws[k]), leaf, create_graph=True)
+        products = torch.autograd.grad((gradient * velocity_bar).sum(), [leaf, *theta])
+        lam_bar = lam_bar - products[0]
+        theta_bar = [bar - product for bar, product in zip(theta_bar, products[1:], strict=True)]
+        velocity_bar = gamma * velocity_bar
+    for ours, theirs in zip([lam_bar, *theta_bar], automatic, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12 * (1 + theirs.abs().max())
+    # The path through the steps is there to be found.
+    plain = torch.autograd.grad(f(path[-1].clone().requires_grad_(), last), theta)
+    assert (plain[0] - automatic[1]).abs().max() > 1e-3 * automatic[1].abs().max()
+
+
+@pytest.mark.parametrize("family", ["diagonal", "full-rank", "low-rank", "mixture", "householder", "iaf"])
+def test_small_steps_on_one_fixed_noise_set_raise_every_datum_s_elbo_monotonically(family):
+    vae, x = small_vae()
+    base = base_guide(vae, family)
+    objective = Objective(base.family(x), base.space(x).bind(x))
+    lam = base.lam(x).detach()
+    eps = objective.noise(6, lam)
+    options = {"step_size": torch.full((lam.shape[1],), 1e-3).double(), "momentum": 0.0}
+    path, first = climb(objective, lam, [eps] * 15, clip=Clip(base.family(x), None, lam), **options)
+    with torch.no_grad():
+        values = torch.stack([objective(point, eps) for point in path])
+    assert (values[1:] > values[:-1]).all()
+    # To first order the gain is step * |gradient|^2: the step goes along the gradient, not against it.
+    gain, predicted = values[1] - values[0], 1e-3 * first.square().sum(-1)
+    assert ((gain / predicted - 1).abs() < 0.2).all()
 
 
 def test_first_order_drops_the_path_through_the_steps():
-    torch.manual_seed(0)
-    vae = VAE(LinearHeadDecoder(2, [6], (8,), torch.nn.Softplus).double(), 2, "gaussian")
-    x = torch.randn(3, 8, dtype=torch.double)
+    vae, x = small_vae()
     base = guides.Amortized(vae, MLP([8, 4]).double())
     gradients = []
-    for second in (True, False):
-        guide = guides.SemiAmortized(base, 4, 0.05, second_order=second)
+    for kind in ("total", "first-order"):
+        guide = guides.SemiAmortized(base, 4, 0.05, gradient=kind)
         torch.manual_seed(7)
-        gradients.append(torch.autograd.grad(guide.lam(x).square().sum(), base.encoder[1].weight)[0])
-        if not second:
-            assert torch.autograd.grad(
-                guide.lam(x).sum(), vae.decoder.trunk[0].weight, allow_unused=True
-            )[0] is None
+        lam = guide.lam(x)
+        gradients.append(torch.autograd.grad(lam.square().sum(), base.encoder[1].weight, retain_graph=True)[0])
+        if kind == "first-order":
+            assert not torch.autograd.grad(lam.sum(), list(vae.parameters()), allow_unused=True)[0]
+            # d lam_K / d lam_0 is the identity
+            pulled = torch.autograd.grad(base.lam(x), base.encoder[1].weight, 2 * lam.detach())[0]
+            assert torch.allclose(gradients[-1], pulled, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(*gradients)
 
 
@@ -140,6 +311,19 @@ def test_clipping_is_per_datum_and_block():
     assert torch.allclose(step[:, 10:].norm(dim=-1), torch.full((5,), 0.2).double(), atol=1e-9)
 
 
+def test_clipping_leaves_short_gradients_alone():
+    model, x = problems.ppca(rows=5)
+    base = guides.Amortized(model, linear_encoder(x, 10))
+    lams = []
+    for limit in (None, 1e9, {"loc": 1e9, "log_var": 1e-9}):
+        torch.manual_seed(0)
+        lams.append(guides.SemiAmortized(base, 2, 0.01, max_norm=limit).lam(x))
+    assert torch.equal(lams[0], lams[1])
+    assert (lams[2][:, 10:] - base.lam(x)[:, 10:]).norm(dim=-1).max() < 1e-10
+    ones = torch.ones(2, 2).double()  # a family with an empty block
+    assert torch.equal(Clip(get_family("full-rank", 1), 1.0, ones)(ones), ones)
+
+
 def test_works_under_no_grad_and_gives_the_training_path():
     model, x = problems.ppca(rows=3)
     guide = guides.SemiAmortized(guides.Amortized(model, linear_encoder(x, 10)), 4, 0.01)
@@ -160,12 +344,21 @@ def test_works_under_no_grad_and_gives_the_training_path():
         {"momentum": 1.0},
         {"step_size": -0.1},
         {"step_size": {"loc": 0.1, "x": 1}},
+        {"gradient": "second-order"},
+        {"memory": "small"},
+        {"inner": "adam"},
+        {"inner": "svi", "gradient": "total"},
+        {"inner": "svi", "gradient": "first-order"},
+        {"inner": "svi", "step_size": 0.1},
+        {"inner": "svi", "momentum": 0.5},
+        {"optimizer": torch.optim.Adam},
     ],
 )
 def test_bad_options_raise(options):
     model, x = problems.ppca(rows=2)
     base = guides.Amortized(model, linear_encoder(x, 10))
-    with pytest.raises(ValueError, match=r"needs|positive|each block"):
+    expected = r"needs|positive|each block|must be|carry no graph|the optimizer's|steps only"
+    with pytest.raises(ValueError, match=expected):
         guides.SemiAmortized(base, **options).lam(x)
 
 

@@ -1,0 +1,66 @@
+"""Reproduce published results on real data (`make reproduce NAME=savae-mnist`).
+
+    python benchmarks/reproduce.py savae-mnist --preset quick
+    python benchmarks/reproduce.py --page
+
+`quick` fits in about an hour on two cores, `paper` is the published setting. A run that was stopped goes on where it
+was; finished arms are not run again; more epochs than before take finished arms further. Data sets are looked up below
+PYROVAE_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from reproduction import EXPERIMENTS
+from reproduction.experiment import override
+from reproduction.page import show, write_page
+from reproduction.runner import Options, run
+
+RUNS, PAGE = Path("runs/reproduce"), Path("docs/reproduction.md")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    if given.page:
+        write_page(RUNS, PAGE)
+        print(f"wrote {PAGE}")
+        return
+    if given.name is None:
+        _parser().error(f"name an experiment ({', '.join(EXPERIMENTS)}), or pass --page")
+    experiment = EXPERIMENTS[given.name]
+    preset = override(
+        experiment.presets[given.preset], epochs=given.epochs, train_rows=given.train_rows, test_rows=given.test_rows
+    )
+    out = given.out or RUNS / given.name / f"{given.preset}-seed{given.seed}"
+    seconds = None if given.time_limit is None else 60 * given.time_limit
+    results = run(experiment, Options(
+        given.preset, preset, out, seed=given.seed, seconds=seconds, threads=given.threads, device=given.device,
+        arms=tuple(given.arms or ()), data=given.data, progress=not given.no_progress,
+    ))  # fmt: skip
+    show(experiment, results)
+    print(f"see {out / 'results.json'}; all results together: python benchmarks/reproduce.py --page")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
+    parser.add_argument("--preset", choices=("quick", "paper"), default="quick")
+    parser.add_argument("--seed", type=int, default=0, help="of first weights, training and estimators")
+    parser.add_argument("--epochs", type=int, help="instead of the preset's")
+    parser.add_argument("--train-rows", type=int, help="instead of the preset's")
+    parser.add_argument("--test-rows", type=int, help="instead of the preset's")
+    parser.add_argument("--time-limit", type=float, help="minutes of training at most of each arm")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="these arms only")
+    parser.add_argument("--data", help="an .npz file instead of the experiment's data set")
+    parser.add_argument("--out", type=Path, help=f"folder of the results; {RUNS}/NAME/PRESET-seedSEED by default")
+    parser.add_argument("--no-progress", action="store_true")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE} from all results below {RUNS}")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What a reproduction is: named arms trained on the same data with the same seeds, and how far each preset goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyrovae import data, models
+from pyrovae.data import ImageData
+from pyrovae.data.images import Binarization
+from pyrovae.guides.base import Guide
+from pyrovae.nets import MLP, LinearHeadDecoder
+from pyrovae.runtime import seeded
+
+__all__ = ["Arm", "Experiment", "Preset", "Setup", "Split", "load", "override", "published_start", "setup"]
+
+Likelihood = Literal["bernoulli", "gaussian"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How far an experiment goes.
+
+    Attributes:
+        epochs, batch_size, learning_rate, adam_eps, max_norm: of training (Adam; `max_norm` clips the whole gradient).
+        train_rows, test_rows: the first rows of each part; None for all.
+        validation_rows: held out from the end of the training images; the weights of the best epoch on them are kept.
+            0: none, and the last weights are kept.
+        num_samples: S of the importance-weighted bound.
+        hidden, latent_dim: widths of the hidden layers of both nets, and D.
+        kl_epochs: epochs in which the KL weight rises from 0.1 to 1; 0: no schedule.
+        extra_rows, extra_steps: of what an experiment measures beside bounds (see its file).
+    """
+
+    epochs: int
+    train_rows: int | None = None
+    validation_rows: int = 0
+    test_rows: int | None = None
+    num_samples: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    adam_eps: float = 1e-8
+    max_norm: float | None = None
+    hidden: tuple[int, ...] = (500, 500)
+    latent_dim: int = 50
+    kl_epochs: int = 0
+    extra_rows: int = 0
+    extra_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows an experiment works on."""
+
+    images: ImageData
+    train: Tensor
+    validation: Tensor | None
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an arm is built from: an untrained model, the same in every arm, and the nets' sizes."""
+
+    vae: models.VAE
+    preset: Preset
+    activation: type[nn.Module]
+    start: Callable[[nn.Module], None] | None
+
+    @property
+    def dim(self) -> int:
+        return self.preset.latent_dim
+
+    def encoder(self, outputs: int) -> MLP:
+        """An encoder with as many outputs as the guide takes parameters."""
+        pixels = self.vae.decoder.event_shape.numel()
+        net = MLP([pixels, *self.preset.hidden, outputs], activation=self.activation)
+        if self.start is not None:
+            self.start(net)
+        return net
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method.
+
+    Attributes:
+        name: in tables.
+        build: guide from a `Setup`.
+        loss: makes the training loss; None for `fit`'s default.
+        published: the paper's number on this experiment's scale, nats; None where there is none.
+        as_long_as: name of an arm before this one; train until as many seconds have passed as that one took, instead
+            of its number of epochs.
+        presets: in which the arm takes part.
+    """
+
+    name: str
+    build: Callable[[Setup], Guide]
+    loss: Callable[[], Any] | None = None
+    published: float | None = None
+    as_long_as: str | None = None
+    presets: tuple[str, ...] = ("quick", "paper")
+
+    @property
+    def slug(self) -> str:
+        """Name of the arm's folder."""
+        return "".join(c if c.isalnum() else "-" for c in self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms, data and presets.
+
+    Attributes:
+        name, title, paper: what is reproduced, and after whom.
+        data, binarization, preprocessing, logit_lambda: of `pyrovae.data.load`.
+        likelihood: of the model.
+        baseline: arm from which paired differences are taken.
+        arms: in the order of training.
+        presets: "quick" and "paper".
+        settings: the published settings that hold for both presets, in words.
+        published: what the column of published numbers is, in words ("" where no arm has one).
+        published_bound: which of our bounds the published differences are held against.
+        remarks: facts a reader needs to judge the numbers.
+        missing: published columns that cannot be reached with the data at hand, and why.
+        activation, start: of the nets; `start` sets the first weights of a net.
+        measure: (guide, split, preset, progress, name of the arm) -> rows of further tables.
+    """
+
+    name: str
+    title: str
+    paper: str
+    data: str
+    likelihood: Likelihood
+    baseline: str
+    arms: tuple[Arm, ...]
+    presets: dict[str, Preset]
+    settings: str
+    binarization: Binarization = "none"
+    preprocessing: Literal["none", "logit", "centred"] = "none"
+    logit_lambda: float = 0.05
+    published: str = ""
+    published_bound: Literal["ELBO", "IWAE"] = "IWAE"
+    remarks: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    activation: type[nn.Module] = nn.ReLU
+    start: Callable[[nn.Module], None] | None = None
+    measure: Callable[[Guide, Split, Preset, bool, str], list[dict[str, Any]]] | None = None
+
+
+def load(experiment: Experiment, preset: Preset, device: str, path: str | None = None) -> Split:
+    """The data, cut to the preset's rows; `path` names an `.npz` file to take instead of the experiment's data set.
+
+    Binarisation and dequantisation have seed 0 whatever the seed of a run: all runs share one test set. Grey values
+    are centred by the mean training image (which moves no density).
+    """
+    images = data.load(
+        path or experiment.data, binarization=experiment.binarization, preprocessing=experiment.preprocessing,
+        logit_lambda=experiment.logit_lambda, seed=0,
+    )  # fmt: skip
+    validation = None
+    if preset.validation_rows:
+        images, validation = images.split_validation(preset.validation_rows)
+    shift = images.train.mean(0) if experiment.likelihood == "gaussian" else torch.zeros(images.event_shape)
+    train, test = images.train[: preset.train_rows], images.test[: preset.test_rows]
+    validation = None if validation is None else (validation - shift).to(device)
+    return Split(images, (train - shift).to(device), validation, (test - shift).to(device))
+
+
+def setup(experiment: Experiment, preset: Preset, split: Split, seed: int) -> Setup:
+    """The untrained model: the same weights for a seed, whatever the arm."""
+    with seeded(seed):
+        decoder = LinearHeadDecoder(
+            preset.latent_dim, preset.hidden, split.images.event_shape, activation=experiment.activation
+        )
+        if experiment.start is not None:
+            experiment.start(decoder)
+    vae = models.VAE(decoder, preset.latent_dim, experiment.likelihood)
+    if experiment.likelihood == "gaussian":
+        # The noise of a decoder that knows the mean image alone, which is what a fresh one gives.
+        spread = float(split.train.square().mean().sqrt())
+        vae.noise["log"].data.fill_(math.log(spread - vae.noise_floor))
+    return Setup(vae, preset, experiment.activation, experiment.start)
+
+
+def published_start(net: nn.Module) -> None:
+    """First weights as in the released code of the VLAE: uniform, by the number of outputs; biases as torch has them.
+
+    Its Kaiming initialisation is given the slope 2^(1/3), which makes a gain of 0.88.
+    """
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=2 ** (1 / 3), mode="fan_out")
+
+
+def override(preset: Preset, **given: Any) -> Preset:
+    """The preset with those of `given` that are not None."""
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})

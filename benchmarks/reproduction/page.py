@@ -1,0 +1,191 @@
+"""Results as a table on the terminal and as the page `docs/reproduction.md`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from reproduction import EXPERIMENTS
+from reproduction.experiment import Experiment
+
+__all__ = ["page", "show", "write_page"]
+
+INTRODUCTION = """# Reproduction on real data
+
+`python benchmarks/reproduce.py NAME --preset quick|paper` runs an experiment, `python benchmarks/reproduce.py --page`
+writes this page from the results. `quick` fits in about an hour on two cores; `paper` is the published setting, for a
+GPU. Data are looked up below `PYROVAE_DATA`.
+
+All arms of an experiment start from the same decoder weights, see the same data for the same number of epochs (unless
+a row says otherwise), and are evaluated on the same test images with the same seed. Bounds are in nats per datum, mean
+± standard error over test images. Δ is the mean paired difference from the baseline with its standard error: over test
+images of one run, so it does not count how much training differs from seed to seed. IWAE-S is the importance-weighted
+bound with S draws from each arm's own posterior: a better posterior makes it tighter, too; IWAE at a tenth of the
+draws and the share of k-hat above 0.7 say how far it can be trusted. "Published" numbers stand beside ours for
+orientation; what differs is said below each table.
+"""
+
+_PAGE_ONLY = ("ELBO", "Δ ELBO", "KL", "k-hat", "sd")  # a terminal is narrow; the JSON and the page have everything
+
+
+def show(experiment: Experiment, results: dict[str, Any]) -> None:
+    """Print the tables of one run."""
+    console = Console()
+    if not console.is_terminal:  # a log file has room
+        console = Console(width=160)
+    for title, header, rows in _tables(experiment, results):
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+        kept = [number for number, column in enumerate(header) if not column.startswith(_PAGE_ONLY)]
+        for number in kept:
+            table.add_column(header[number], justify="left" if number == 0 else "right", no_wrap=number > 0)
+        for row in rows:
+            table.add_row(*(row[number] for number in kept))
+        console.print(table)
+    for fact in _shortfalls(experiment, results):
+        console.print(f"* {fact}", highlight=False)
+
+
+def write_page(runs: Path, path: Path) -> None:
+    """Collect every `results.json` below `runs` into the page."""
+    found = [json.loads(file.read_text()) for file in sorted(runs.glob("**/results.json"))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(found))
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """The page, in Markdown."""
+    parts = [INTRODUCTION]
+    for experiment in EXPERIMENTS.values():
+        parts.append(
+            f"\n## {experiment.name}: {experiment.title}\n\nAfter {experiment.paper}. {experiment.settings}.\n"
+        )
+        runs = [results for results in found if results["experiment"] == experiment.name]
+        runs.sort(key=lambda results: (results["preset"], results["seed"]))
+        if not runs:
+            parts.append("\nNot run yet.\n")
+        for results in runs:
+            parts += _section(experiment, results)
+        if experiment.remarks:
+            parts.append("\n### What the numbers can be compared with\n\n" + _bullets(experiment.remarks))
+    missing = [f"{e.name}: {fact}" for e in EXPERIMENTS.values() for fact in e.missing]
+    parts.append("\n## Published columns that cannot be reached with the data at hand\n\n" + _bullets(missing))
+    return "".join(parts)
+
+
+def _section(experiment: Experiment, results: dict[str, Any]) -> list[str]:
+    """One run."""
+    settings = results["settings"]
+    arm = next((arm for arm in results["arms"] if not arm["failed"]), None)
+    versions = "" if arm is None else ", ".join(f"{k} {v}" for k, v in arm["provenance"]["versions"].items())
+    digest = "" if arm is None else f"; sha256 {arm['provenance']['fingerprint'][:12]}"
+    parts = [
+        f"\n### {results['preset']}, seed {results['seed']}, {results['machine']}\n\n",
+        f"{settings['epochs']} epochs on {results['train_rows']} training images "
+        f"({settings['validation_rows']} held out), {results['test_rows']} test images. Data: {results['data']}; "
+        f"{results['split']}{digest}. {versions}.\n",
+    ]
+    for title, header, rows in _tables(experiment, results):
+        parts.append(f"\n{title}:\n\n" + _markdown(header, rows))
+    facts = _shortfalls(experiment, results)
+    if facts:
+        parts.append("\nWhat did not come out:\n\n" + _bullets(facts))
+    return parts
+
+
+def _tables(experiment: Experiment, results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of every table of a run."""
+    draws = results["settings"]["num_samples"]
+    few, many = f"IWAE-{max(1, draws // 10)}", f"IWAE-{draws}"
+    has_published = any(arm["published"] is not None for arm in results["arms"])
+    against = results["baseline"]
+    header = ["arm", "epochs (best)", "train s", "ELBO", few, many, "Δ ELBO", f"Δ {many}", "KL", "k-hat > 0.7"]
+    if has_published:
+        header += ["published", "published Δ"]
+    base = _published(results, against)
+    rows = []
+    for arm in results["arms"]:
+        if arm["failed"]:
+            rows.append([arm["name"], "failed", *[""] * (len(header) - 2)])
+            continue
+        n, gain = arm["numbers"], results["differences"].get(arm["name"], {})
+        best = f" ({arm['best_epoch']})" if arm["validation"] else ""
+        row = [
+            arm["name"], f"{arm['epochs']}{best}", f"{arm['seconds']:.0f}", _value(n["ELBO"]), _value(n[few]),
+            _value(n[many]), _value(gain.get("ELBO"), sign=True), _value(gain.get("IWAE"), sign=True),
+            f"{n['KL']['mean']:.1f}", f"{100 * n['k-hat above 0.7']['mean']:.0f} %",
+        ]  # fmt: skip
+        if has_published:
+            ours = arm["published"]
+            row += ["" if ours is None else f"{ours:.1f}"]
+            row += ["" if ours is None or base is None or arm["name"] == against else f"{ours - base:+.1f}"]
+        rows.append(row)
+    title = f"Bounds of log p(x) on test images, Δ from {against}"
+    if has_published:
+        title += f"; published: {experiment.published}"
+    return [(title, header, rows), *_extra(results)]
+
+
+def _extra(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Further measurements: rows of dicts, in which numbers are `{"mean", "se"}`."""
+    rows = [{"arm": arm["name"], **row} for arm in results["arms"] for row in arm.get("extra", ())]
+    tables = []
+    for title in dict.fromkeys(row["table"] for row in rows):
+        some = [{k: v for k, v in row.items() if k != "table"} for row in rows if row["table"] == title]
+        header = list(some[0])
+        cells = [[_value(row[c]) if isinstance(row[c], dict) else str(row[c]) for c in header] for row in some]
+        tables.append((title, header, cells))
+    return tables
+
+
+def _shortfalls(experiment: Experiment, results: dict[str, Any]) -> list[str]:
+    """What the results themselves say did not come out."""
+    facts = []
+    base, against = _published(results, results["baseline"]), results["baseline"]
+    for arm in results["arms"]:
+        name = arm["name"]
+        if arm["failed"]:
+            facts.append(f"{name}: {arm['failed']}")
+            continue
+        if arm["out_of_time"]:
+            facts.append(
+                f"{name} was stopped by its time limit after {arm['epochs']} of {results['settings']['epochs']} "
+                "epochs: its differences are not at equal epochs."
+            )
+        if arm["validation"] and arm["best_epoch"] == arm["epochs"]:
+            facts.append(f"{name} was still rising on the validation images when training ended.")
+        gain = results["differences"].get(name, {}).get(experiment.published_bound)
+        if gain is None or arm["published"] is None or base is None:
+            continue
+        expected = arm["published"] - base
+        if gain["mean"] * expected < 0 or abs(gain["mean"]) < 2 * gain["se"]:
+            facts.append(
+                f"{name} against {against}: published {expected:+.1f} nats, here {_value(gain, sign=True)}"
+                + (": the other sign." if gain["mean"] * expected < 0 else ": not told apart from zero.")
+            )
+    return facts
+
+
+def _published(results: dict[str, Any], name: str) -> float | None:
+    return next((arm["published"] for arm in results["arms"] if arm["name"] == name), None)
+
+
+def _value(number: dict[str, float] | None, *, sign: bool = False) -> str:
+    if number is None:
+        return ""
+    mean = f"{number['mean']:+.2f}" if sign else f"{number['mean']:.2f}"
+    return mean if math.isnan(number["se"]) else f"{mean} ± {number['se']:.2f}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+
+
+def _bullets(facts: Any) -> str:
+    return "".join(f"* {fact}\n" for fact in facts)

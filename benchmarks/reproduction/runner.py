@@ -1,0 +1,215 @@
+"""Run an experiment: train what is not trained yet, evaluate what is not evaluated yet, write `results.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrovae.errors import TrainingDiverged
+from pyrovae.guides.base import Guide
+from pyrovae.provenance import Provenance
+from pyrovae.runtime import seeded, threads
+from reproduction.evaluation import differences, evaluate
+from reproduction.experiment import Arm, Experiment, Preset, Split, load, setup
+from reproduction.training import train
+
+__all__ = ["Options", "run"]
+
+# What a finished arm may be taken further with; anything else makes it another arm.
+_EXTENSIBLE = ("epochs", "test_rows", "num_samples", "extra_rows", "extra_steps")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an experiment is run.
+
+    Attributes:
+        preset_name: "quick" or "paper", for the record.
+        preset: with the changes the user asked for.
+        out: folder of checkpoints and results.
+        seed: of the first weights, of training and of the estimators.
+        seconds: training time at most of each arm.
+        threads, device: of torch.
+        arms: names of the arms to run; empty for all of the preset.
+        data: path of an `.npz` file to take instead of the experiment's data.
+        progress: show progress bars.
+    """
+
+    preset_name: str
+    preset: Preset
+    out: Path
+    seed: int = 0
+    seconds: float | None = None
+    threads: int = 2
+    device: str = "cpu"
+    arms: tuple[str, ...] = ()
+    data: str | None = None
+    progress: bool = True
+
+
+def run(experiment: Experiment, options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train and evaluate every arm of the preset; returns what `results.json` then holds.
+
+    Raises:
+        ValueError: an unknown arm, no GPU, or a folder that holds arms of other settings.
+    """
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("this machine has no GPU that torch can use: pass --device cpu")
+    wanted = _choose(experiment, options)
+    threads(options.threads)
+    split = load(experiment, options.preset, options.device, options.data)
+    say(f"{split.images!r}: {len(split.train)} training and {len(split.test)} test images; "
+        f"{options.threads} threads, {options.device}, seed {options.seed}")  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    done: list[dict[str, Any]] = []
+    for arm in wanted:
+        record = _arm(experiment, arm, options, split, done, say)
+        done.append(record)
+        _write(options.out / "results.json", _results(experiment, options, split, done))
+    return _results(experiment, options, split, done)
+
+
+def _choose(experiment: Experiment, options: Options) -> list[Arm]:
+    available = [arm for arm in experiment.arms if options.preset_name in arm.presets or arm.name in options.arms]
+    if not options.arms:
+        return available
+    unknown = set(options.arms) - {arm.name for arm in available}
+    if unknown:
+        raise ValueError(
+            f"{experiment.name} has no arm {', '.join(sorted(unknown))}: choose among "
+            f"{', '.join(arm.name for arm in experiment.arms)}"
+        )
+    chosen = [arm for arm in available if arm.name in options.arms]
+    for arm in chosen:
+        if arm.as_long_as is not None and arm.as_long_as not in options.arms:
+            raise ValueError(f"{arm.name} trains for as long as {arm.as_long_as} did: name that arm as well")
+    return chosen
+
+
+def _arm(
+    experiment: Experiment, arm: Arm, options: Options, split: Split, done: list[dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """One arm's record, from its file where it is finished."""
+    parts = setup(experiment, options.preset, split, options.seed)
+    with seeded(options.seed):
+        guide = arm.build(parts)
+    guide.to(options.device)
+    parts.vae.to(options.device)
+    seconds = options.seconds
+    if arm.as_long_as is not None:
+        other = next(record for record in done if record["name"] == arm.as_long_as)
+        if other["failed"]:
+            return {"name": arm.name, "published": arm.published,
+                    "failed": f"{arm.as_long_as} diverged, so there is no time to train for"}  # fmt: skip
+        seconds = other["seconds"]
+    settings = {
+        **asdict(options.preset), "hidden": list(options.preset.hidden), "seed": options.seed, "guide": repr(guide),
+        "seconds": seconds, "by_time": arm.as_long_as is not None, "data": split.images.fingerprint,
+        "device": options.device,
+    }  # fmt: skip
+    folder = options.out / arm.slug
+    record = _finished(folder / "arm.json", settings)
+    if record is not None:
+        say(f"{arm.name}: finished before")
+        return {**record, "published": arm.published}
+    record = {"name": arm.name, "published": arm.published, "settings": settings, "failed": None}
+    loss = None if arm.loss is None else arm.loss()
+    try:
+        result, clock = train(
+            guide, loss, split, options.preset, folder, seed=options.seed, seconds=seconds,
+            by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress,
+        )  # fmt: skip
+    except TrainingDiverged as error:  # a result as well: the other arms go on
+        record["failed"] = str(error)
+        say(f"{arm.name}: {error}")
+    else:
+        numbers, values = evaluate(
+            guide, split.test, options.preset.num_samples, seed=options.seed, name=arm.name,
+            progress=options.progress,
+        )  # fmt: skip
+        record |= {
+            "objective": result.objective, "epochs": clock.epochs, "best_epoch": result.best_epoch,
+            "steps": result.steps, "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds,
+            "out_of_time": arm.as_long_as is None and clock.epochs < options.preset.epochs,
+            "curve": result.curve, "validation": [list(item) for item in result.validation],
+            "numbers": numbers, "values": values,
+            "provenance": _provenance(experiment, options, split, result.kl_weight).to_dict(),
+            "extra": _extra(experiment, arm, guide, split, options),
+        }  # fmt: skip
+        say(f"{arm.name}: {clock.epochs} epochs in {clock.seconds:.0f} s, {_line(numbers)}")
+    _write(folder / "arm.json", record)
+    return record
+
+
+def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of an arm that was finished with these settings; None where it is to be made or taken further."""
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    before = record["settings"]
+    differing = sorted(name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name))
+    if not differing:
+        return record
+    fixed = [name for name in differing if name not in (*_EXTENSIBLE, "seconds")]
+    if fixed:
+        raise ValueError(
+            f"{path.parent} holds an arm with other settings ({', '.join(fixed)}): pass another --out, or remove it"
+        )
+    if settings["epochs"] < before["epochs"]:
+        raise ValueError(
+            f"{path.parent} was trained for {before['epochs']} epochs already, more than the {settings['epochs']} "
+            "asked for: pass another --out"
+        )
+    return None
+
+
+def _extra(experiment: Experiment, arm: Arm, guide: Guide, split: Split, options: Options) -> list[dict[str, Any]]:
+    if experiment.measure is None:
+        return []
+    return experiment.measure(guide, split, options.preset, options.progress, arm.name)
+
+
+def _provenance(experiment: Experiment, options: Options, split: Split, kl_weight: float) -> Provenance:
+    images = split.images
+    return Provenance(
+        data=images.name, fingerprint=images.fingerprint, split=f"first {len(split.test)} test images",
+        num_data=len(split.test), binarization=images.binarization, preprocessing=images.preprocessing,
+        likelihood=experiment.likelihood, seed=options.seed, num_samples=options.preset.num_samples,
+        dtype=str(split.test.dtype).removeprefix("torch."), device=options.device, kl_weight=kl_weight,
+    )  # fmt: skip
+
+
+def _results(experiment: Experiment, options: Options, split: Split, arms: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything a reader of the numbers needs; values per datum stay in the arms' own files."""
+    return {
+        "experiment": experiment.name, "preset": options.preset_name, "seed": options.seed,
+        "settings": {**asdict(options.preset), "hidden": list(options.preset.hidden)},
+        "train_rows": len(split.train), "test_rows": len(split.test), "data": repr(split.images),
+        "split": split.images.split, "baseline": experiment.baseline, "machine": _machine(options),
+        "differences": differences(arms, experiment.baseline),
+        "arms": [{key: value for key, value in arm.items() if key != "values"} for arm in arms],
+    }  # fmt: skip
+
+
+def _machine(options: Options) -> str:
+    if options.device.startswith("cuda"):
+        return torch.cuda.get_device_name(options.device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def _line(numbers: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value['mean']:.2f} ± {value['se']:.2f}" for name, value in numbers.items())
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: a killed run leaves the old file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)

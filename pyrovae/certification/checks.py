@@ -1,0 +1,256 @@
+"""One guide on one problem: train it, draw from it, and hold it against its standard.
+
+    |error| <= 4 standard errors + tolerance
+
+for every entry of mean and covariance and for the ELBO of every datum; an ELBO may not be *above* the best member's,
+nor IWAE above log p(x), by more than 4 standard errors. A failure is a sentence.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyrovae import diagnose, evidence, noise
+from pyrovae.certification.best import Best, Candidates
+from pyrovae.certification.builders import NotCertified
+from pyrovae.certification.members import Members
+from pyrovae.certification.problems import Problem
+from pyrovae.certification.recipes import Law, Recipe, Rule
+from pyrovae.errors import TrainingDiverged
+from pyrovae.guides.base import Guide
+from pyrovae.runtime import evaluating, seeded
+from pyrovae.training import fit
+
+__all__ = ["Check", "Error", "certify", "measure", "train"]
+
+_BOUND = 4.0  # standard errors
+_KHAT = 0.5  # above it importance weights have no finite variance (Vehtari, Simpson, Gelman, Yao & Gabry 2024)
+_ROUNDING = 1e-6  # nats
+
+
+@dataclass(frozen=True)
+class Error:
+    """The entry of an estimate that comes closest to its bounds, or oversteps them most.
+
+    Attributes:
+        value: estimate less what it is held against.
+        se: its standard error.
+        ok: within bounds.
+        mark: "" where the bounds lie around zero; "*" where the best member itself misses mass of the posterior, and is
+            what IWAE must reach; "**" where its weights have no finite variance, and nothing is asked from below;
+            ">" where the standard is a lower bound.
+    """
+
+    value: float
+    se: float
+    ok: bool
+    mark: str = ""
+
+    @property
+    def z(self) -> float:
+        """In standard errors."""
+        if self.se > 0:
+            return self.value / self.se
+        return 0.0 if self.value == 0 else math.copysign(math.inf, self.value)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found for one guide on one problem.
+
+    Attributes:
+        verdict: "pass", "FAIL" or "not certified".
+        reasons: of a failure, or of there being no verdict.
+        mean, covariance, elbo, evidence: errors in standard deviations, sd_i * sd_j and nats; None where not judged.
+        khat: (median, maximum) over data.
+        seconds: training and evaluation.
+    """
+
+    problem: str
+    guide: str
+    verdict: str
+    held_to: str
+    reasons: tuple[str, ...] = ()
+    mean: Error | None = None
+    covariance: Error | None = None
+    elbo: Error | None = None
+    evidence: Error | None = None
+    khat: tuple[float, float] | None = None
+    seconds: float = 0.0
+
+
+def train(problem: Problem, recipe: Recipe, guide: Guide, seed: int, effort: float) -> None:
+    """Stock SVI on all data at once."""
+    if recipe.loss is None:
+        return
+    steps = max(1, round(effort * recipe.steps))
+    optimizer = pyro.optim.CosineAnnealingLR({
+        "optimizer": torch.optim.Adam, "optim_args": {"lr": recipe.rate, "betas": (0.9, 0.95)}, "T_max": steps,
+    })  # fmt: skip
+    loss = recipe.loss()
+    fit(problem.model, guide, problem.x, loss=loss, optimizer=optimizer, epochs=steps, seed=seed, progress=False)
+
+
+def certify(name: str, recipe: Recipe, best: Best, *, seed: int, num_samples: int, effort: float = 1.0) -> Check:
+    """Build, train and measure.
+
+    Args:
+        best: the standards of the problem.
+        num_samples: draws per datum.
+        effort: multiplies the number of SVI steps.
+    """
+    began, problem = time.perf_counter(), best.problem
+    try:
+        with seeded(seed):
+            standard, guide = recipe.standard(best), recipe.build(best)
+    except NotCertified as reason:
+        return Check(problem.name, name, "not certified", recipe.held_to, (str(reason),))
+    try:
+        train(problem, recipe, guide, seed, effort)
+    except TrainingDiverged as error:
+        return Check(problem.name, name, "FAIL", recipe.held_to, (str(error),), seconds=time.perf_counter() - began)
+    return measure(name, recipe, standard, guide, best, seed=seed, num_samples=num_samples, began=began)
+
+
+def measure(
+    name: str, recipe: Recipe, standard: Candidates | Law, guide: Guide, best: Best, *, seed: int,
+    num_samples: int, began: float | None = None,
+) -> Check:  # fmt: skip
+    """Hold a trained guide against its standard."""
+    began = time.perf_counter() if began is None else began
+    problem, rule = best.problem, recipe.rule
+    found: dict[str, Error] = {}
+    draws = _draws(guide, problem, num_samples, recipe.calls, seed)
+    if not torch.isfinite(draws).all():
+        return Check(problem.name, name, "FAIL", recipe.held_to, ("draws that are not finite",))
+    if isinstance(standard, Law):
+        found.update(_moments(draws, standard.mean, standard.covariance, rule))
+    else:
+        near = _nearest(draws, standard, recipe)
+        if recipe.aim != "at least":
+            found.update(_moments(draws, *(part[near, _rows(problem)] for part in standard.moments), rule))
+    khat = None
+    if isinstance(standard, Candidates):
+        weights = _weights(guide, problem, num_samples, recipe.calls, seed)
+        found["elbo"] = _elbo(weights, standard, near, best, recipe)
+        flat = weights.flatten(0, 1)
+        found["evidence"] = _evidence(flat, standard.members.pick(near), problem, rule, seed)
+        values = diagnose.pareto_khat(flat)
+        khat = float(values.median()), float(values.max())
+    reasons = tuple(
+        f"{what} off by {error.value:+.3g} ({error.z:+.1f} se)" for what, error in found.items() if not error.ok
+    )
+    return Check(
+        problem.name, name, "FAIL" if reasons else "pass", recipe.held_to, reasons, **found, khat=khat,
+        seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _rows(problem: Problem) -> Tensor:
+    return torch.arange(len(problem.x))
+
+
+def _draws(guide: Guide, problem: Problem, num_samples: int, calls: int, seed: int) -> Tensor:
+    """`[R, S / R, B, D]`: R calls, each of which finds the posterior anew."""
+    parts = []
+    with evaluating(problem.model, guide):
+        for call in range(calls):
+            with seeded(noise.mix(seed, call) % 2**31):
+                parts.append(guide.draws(num_samples // calls, problem.x))
+    return torch.stack(parts)
+
+
+def _weights(guide: Guide, problem: Problem, num_samples: int, calls: int, seed: int) -> Tensor:
+    """log p(x, u) - log q(u), `[R, S / R, B]`."""
+    return torch.stack([
+        evidence.log_weights(
+            problem.model, guide, problem.x, num_samples=num_samples // calls, seed=noise.mix(seed, call) % 2**31
+        )
+        for call in range(calls)
+    ])  # fmt: skip
+
+
+def _mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over calls and draws of `[R, N, ...]`, and its standard error.
+
+    The larger of two: draws taken as independent, and calls taken as independent (ten of them at least, or they say too
+    little about their own spread).
+    """
+    se = values.flatten(0, 1).std(0) / math.sqrt(values.shape[0] * values.shape[1])
+    if len(values) >= 10:
+        se = torch.maximum(se, values.mean(1).std(0) / math.sqrt(len(values)))
+    return values.mean((0, 1)), se
+
+
+def _moments(draws: Tensor, mean: Tensor, covariance: Tensor, rule: Rule) -> dict[str, Error]:
+    """Errors of mean and covariance in units of the standard's standard deviations."""
+    scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    centred = (draws - mean) / scale
+    correlation = covariance / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    return {
+        "mean": _within(*_mean_and_se(centred), rule.mean),
+        "covariance": _within(*_shifted(centred.unsqueeze(-1) * centred.unsqueeze(-2), correlation), rule.covariance),
+    }
+
+
+def _shifted(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    mean, se = _mean_and_se(values)
+    return mean - target, se
+
+
+def _within(
+    error: Tensor, se: Tensor, below: float | Tensor, above: float | Tensor | None = None, mark: Sequence[str] = ()
+) -> Error:
+    """The entry closest to its bounds, `-(4 se + below) <= error <= 4 se + above`; `mark` has one for each datum."""
+    above = below if above is None else above
+    room = torch.where(error < 0, torch.as_tensor(below).to(error), torch.as_tensor(above).to(error))
+    allowed = _BOUND * se + room
+    worst = int((error.abs() / allowed.clamp_min(1e-300)).nan_to_num(nan=math.inf).argmax())
+    value, limit = float(error.flatten()[worst]), float(allowed.flatten()[worst])
+    return Error(value, float(se.flatten()[worst]), abs(value) <= limit, mark[worst] if mark else "")
+
+
+def _nearest(draws: Tensor, standard: Candidates, recipe: Recipe) -> Tensor:
+    if recipe.aim == "at least":
+        return standard.elbo.argmax(0)
+    flat = draws.flatten(0, 1)
+    centred = flat - flat.mean(0)
+    covariance = torch.einsum("sbd,sbe->bde", centred, centred) / len(flat)
+    return standard.nearest(flat.mean(0), covariance, math.inf if recipe.aim == "definition" else recipe.rule.elbo)
+
+
+def _elbo(weights: Tensor, standard: Candidates, near: Tensor, best: Best, recipe: Recipe) -> Error:
+    """ELBO less that of the standard."""
+    rule, (value, se) = recipe.rule, _mean_and_se(weights)
+    if recipe.aim == "definition":
+        return _within(value - standard.elbo[near, _rows(best.problem)], se, rule.elbo)
+    target = standard.best
+    if recipe.aim == "best":
+        return _within(value - target, se, rule.elbo, _ROUNDING)
+    ceiling = best.problem.truth.log_evidence if recipe.ceiling is None else recipe.ceiling(best).best
+    return _within(value - target, se, rule.elbo, ceiling - target + _ROUNDING, [">"] * len(target))
+
+
+def _evidence(weights: Tensor, own: Members, problem: Problem, rule: Rule, seed: int) -> Error:
+    """IWAE less log p(x), per datum.
+
+    A lower bound must not exceed log p(x). It must reach it where the standard's own weights do, at plain draws; where
+    those miss some of the mass it must reach what they reach; where those have no finite variance nothing is asked
+    from below.
+    """
+    iwae = evidence.summarize(weights)[1]
+    theirs = own.log_weights(problem.log_joint, len(weights), noise.mix(seed, -1) % 2**31)[:, 0]
+    reach, truth = evidence.summarize(theirs)[1], problem.truth.log_evidence
+    heavy = diagnose.pareto_khat(theirs) > _KHAT
+    misses = ~heavy & (truth - reach.values > _BOUND * reach.se + rule.elbo)
+    se = torch.where(misses, torch.hypot(iwae.se, reach.se), iwae.se)
+    below = torch.where(misses, truth - reach.values + rule.elbo, torch.where(heavy, math.inf, rule.elbo))
+    mark = ["**" if h else "*" if m else "" for h, m in zip(heavy.tolist(), misses.tolist(), strict=True)]
+    return _within(iwae.values - truth, se, below, _ROUNDING, mark)

@@ -1,0 +1,183 @@
+"""The table on the terminal and `docs/certification.md`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.certification.best import Best
+from pyrovae.certification.checks import Check, Error
+from pyrovae.certification.recipes import SEARCHED, Rule
+
+if TYPE_CHECKING:
+    from pyrovae.certification.run import Outcome
+
+__all__ = ["COLUMNS", "cells", "markdown", "to_rich"]
+
+COLUMNS = ("guide", "mean", "covariance", "ELBO", "evidence", "k-hat", "verdict")
+
+FAMILIES = {
+    "diagonal": "diagonal Gaussian",
+    "low_rank": "rank one plus diagonal",
+    "full_rank": "full-rank Gaussian",
+    "mixture": "two diagonal Gaussians",
+    "laplace": "at a mode, Fisher curvature",
+    "laplace_hessian": "at a mode, Hessian",
+    "averaged": "averaged gradient and curvature",
+}
+
+LEGEND = (
+    "Errors against the standard, in brackets in standard errors; the worst entry over data and dimensions. mean in "
+    "standard deviations, covariance in sd_i sd_j, ELBO less the standard's and evidence (IWAE less log p(x)) in nats. "
+    "> the standard is a lower bound. * the best member of the family misses mass, too: IWAE must "
+    "reach what its weights reach. ** its weights have no finite variance: judged from above only."
+)
+
+
+def cells(check: Check) -> list[str]:
+    """One row of the table."""
+    khat = "" if check.khat is None else " / ".join("exact" if k == -math.inf else f"{k:.2f}" for k in check.khat)
+    errors = [_error(error) for error in (check.mean, check.covariance, check.elbo, check.evidence)]
+    return [check.guide, *errors, khat, check.verdict]
+
+
+def _error(error: Error | None) -> str:
+    if error is None:
+        return ""
+    value = f"{error.value:+.3f}{error.mark}" if abs(error.value) >= 5e-7 else "0"
+    if error.mark in (">", "*") or abs(error.value) < 5e-7 or not math.isfinite(error.z):
+        return value if error.ok else f"{value} !"
+    return f"{value} ({error.z:+.1f}){'' if error.ok else ' !'}"
+
+
+def to_rich(outcome: Outcome) -> Any:
+    """A `rich` table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"Certification: {_summary(outcome)}", caption=LEGEND, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        title_justify="left", caption_justify="left",
+    )  # fmt: skip
+    for column in ("problem", *COLUMNS):
+        table.add_column(column, justify="left" if column in ("problem", "guide", "verdict") else "right", no_wrap=True)
+    previous = ""
+    for check in outcome.checks:
+        if previous not in ("", check.problem):
+            table.add_section()
+        style = {"FAIL": "bold red", "not certified": "dim"}.get(check.verdict, "")
+        table.add_row(check.problem if check.problem != previous else "", *cells(check), style=style)
+        previous = check.problem
+    return table
+
+
+def _summary(outcome: Outcome) -> str:
+    counts = {word: sum(c.verdict == word for c in outcome.checks) for word in ("pass", "FAIL", "not certified")}
+    return f"{counts['pass']} pass, {counts['FAIL']} fail, {counts['not certified']} not certified"
+
+
+def markdown(outcome: Outcome) -> str:
+    """The whole page."""
+    parts = [_HEAD.format(summary=_summary(outcome), trained=_tolerance(Rule()), searched=_tolerance(SEARCHED))]
+    parts.append(_block(["guide", "held against"], [[f"`{n}`", words] for n, words in _standards(outcome).items()]))
+    for name, best in outcome.bests.items():
+        parts.append(f"## {name}\n\n{best.problem.about[0].upper()}{best.problem.about[1:]}.")
+        rows = _families(best)
+        if rows:
+            parts.append(_block(["best member", "log p(x) - ELBO, nats", "mean error", "sd ratio"], rows))
+        checks = [check for check in outcome.checks if check.problem == name]
+        parts.append(_block(list(COLUMNS), [_marked(cells(check)) for check in checks]))
+        notes = [f"* `{c.guide}`: {c.verdict}: {'; '.join(c.reasons)}." for c in checks if c.reasons]
+        if notes:
+            parts.append("\n".join(notes))
+    return "\n\n".join([*parts, _origin(outcome)]) + "\n"
+
+
+_HEAD = """# Certification
+
+Every guide on every problem with an exact answer: **{summary}**. This page is written by `pyrovae certify`, which exits
+with status 1 if any check fails.
+
+## What is checked
+
+A guide is held against the *best member of its family* on that problem, found without the guide: in closed form or by
+Gauss-Hermite quadrature and L-BFGS over a posterior that is written out by hand (`pyrovae/certification/problems.py`),
+so a known limit of a family is part of its standard and no excuse. Encoders are tables with one row per datum:
+amortization is not on trial here. Training is stock SVI through `fit`.
+
+An error passes if |error| <= 4 standard errors + tolerance, for every datum and every entry:
+
+* mean, in standard deviations of the standard; covariance, each entry in units of sd_i sd_j;
+* ELBO, nats: below the best member's by no more than the tolerance, above it never (beyond 4 standard errors);
+* evidence: IWAE with all draws less log p(x), never above it (beyond 4 standard errors), and not below it either,
+  except where the best member's own weights, at plain draws, fall short: then IWAE must reach what they reach (*).
+  Where those weights have a k-hat above 0.5 (no finite variance) nothing is asked from below (**).
+
+Tolerances: {trained} for what is trained by stochastic gradients or averages over random draws; {searched} for the
+rest. Standard errors are those of the draws, or those between calls where they are larger (some guides find a posterior
+anew on each call). Training error has none: the tolerance is for it. In brackets: the error in standard errors.
+
+Several members may be equally good (a Gaussian on either of two equal modes). A guide is held against the nearest of
+those within the ELBO's tolerance of the best. Laplace's standard is the nearest mode.
+
+Some rows have other standards. The best member of a flow's family is not known: a flow must be at least as good as the
+best Gaussian it contains (>), and its bounds must stay below log p(x). `ShortRun` has no density: its draws are held
+against the exact law of the same number of steps, which is *not* the posterior. "Not certified" is no pass: it says
+what is missing.
+
+k-hat is the median and the largest over data; "exact": all weights are equal."""
+
+
+def _tolerance(rule: Rule) -> str:
+    return f"mean {rule.mean:g}, covariance {rule.covariance:g}, ELBO and evidence {rule.elbo:g}"
+
+
+def _standards(outcome: Outcome) -> dict[str, str]:
+    return {check.guide: check.held_to for check in outcome.checks}
+
+
+def _families(best: Best) -> list[list[str]]:
+    """What the best members found so far lose, range over data."""
+    truth, rows = best.problem.truth, []
+    for name, words in FAMILIES.items():
+        found = vars(best).get(name)
+        if found is None:
+            continue
+        pick = found.elbo.argmax(0)
+        mean, covariance = (part[pick, torch.arange(len(pick))] for part in found.moments)
+        sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        gap, shift = truth.log_evidence - found.best, ((mean - truth.mean) / truth.sd).abs()
+        rows.append([words, _range(gap, 3), _range(shift, 2), _range(sd / truth.sd, 2)])
+    return rows
+
+
+def _range(values: Tensor, digits: int) -> str:
+    """Smallest and largest."""
+    low, high = (f"{float(v) + 1e-9:.{digits}f}" for v in (values.min(), values.max()))  # no minus before a zero
+    return low if low == high else f"{low} to {high}"
+
+
+def _marked(row: list[str]) -> list[str]:
+    verdict = f"**{row[-1]}**" if row[-1] == "FAIL" else row[-1]
+    return [f"`{row[0]}`", *(cell.replace("*", "\\*") for cell in row[1:-1]), verdict]
+
+
+def _block(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _origin(outcome: Outcome) -> str:
+    p, settings = outcome.provenance, outcome.settings
+    command = "pyrovae certify"
+    for option, names in (("guides", settings.guides), ("problems", settings.problems)):
+        command += f" --{option} {','.join(names)}" if names else ""
+    command += f" --seed {settings.seed}" + (" --quick" if settings.quick else "")
+    versions = ", ".join(f"{name} {number}" for name, number in p.versions.items())
+    return (
+        f"## Where the numbers come from\n\n`{command}`: {p.num_samples} draws per datum, {p.dtype}, {p.threads} "
+        f"thread(s), {outcome.seconds:.0f} s; {versions}. Data: sha256 {p.fingerprint}."
+    )

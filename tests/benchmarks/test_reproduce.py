@@ -1,0 +1,239 @@
+"""Every reproduction runs from end to end on a tiny data set, goes on where it was, and says what its numbers say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+NAMES = ["vlae-mnist", "laplace-quality", "vlae-mnist-bernoulli", "savae-mnist", "savae-omniglot", "gaps-mnist"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """`benchmarks/` is a folder of scripts, not a package."""
+    path = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, path)
+    try:
+        import reproduce
+    finally:
+        sys.path.remove(path)
+    return reproduce
+
+
+def test_every_experiment_is_tested(bench):
+    assert list(bench.EXPERIMENTS) == NAMES
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A data set of 6x6 grey images: a bright square somewhere on a dark ground."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 40, (62, 6, 6))
+    for image in grey:
+        row, column = rng.integers(0, 4, 2)
+        image[row : row + 3, column : column + 3] += 180
+    path = tmp_path_factory.mktemp("data") / "squares.npz"
+    np.savez(path, train=grey[:50].astype(np.uint8), test=grey[50:].astype(np.uint8))
+    return str(path)
+
+
+def options(bench, name, images, out, *, epochs=1, preset="quick", **changes):
+    """The preset, made small."""
+    runner = sys.modules["reproduction.runner"]
+    full = bench.EXPERIMENTS[name].presets[preset]
+    small = replace(
+        full, epochs=epochs, train_rows=40, test_rows=7, validation_rows=min(full.validation_rows, 8), num_samples=30,
+        batch_size=20, hidden=(12, 12), latent_dim=4, kl_epochs=min(full.kl_epochs, 1), extra_rows=3, extra_steps=40,
+    )  # fmt: skip
+    return runner.Options(preset, small, out, threads=1, data=images, progress=False, **changes)
+
+
+def go(bench, name, *args, say=lambda text: None, **kwargs):
+    return sys.modules["reproduction.runner"].run(bench.EXPERIMENTS[name], options(bench, name, *args, **kwargs), say)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_runs_to_the_page(bench, images, tmp_path, name):
+    experiment = bench.EXPERIMENTS[name]
+    out = tmp_path / name
+    results = go(bench, name, images, out, preset="paper")
+    assert results == json.loads((out / "results.json").read_text())
+    assert [arm["name"] for arm in results["arms"]] == [arm.name for arm in experiment.arms]
+
+    values = {}
+    for arm, record in zip(experiment.arms, results["arms"], strict=True):
+        assert record["failed"] is None
+        assert arm.as_long_as is not None or record["epochs"] == 1
+        stored = json.loads((out / arm.slug / "arm.json").read_text())["values"]
+        elbo, iwae = (torch.tensor(stored[key], dtype=torch.float64) for key in ("ELBO", "IWAE"))
+        assert elbo.shape == iwae.shape == (7,)
+        assert (elbo <= iwae + 1e-9).all()  # Jensen, draw by draw
+        assert math.isclose(record["numbers"]["IWAE-30"]["mean"], float(iwae.mean()), rel_tol=1e-9)
+        values[arm.name] = iwae
+    base = values[experiment.baseline]
+    for other, gain in results["differences"].items():
+        paired = values[other] - base
+        assert math.isclose(gain["IWAE"]["mean"], float(paired.mean()), rel_tol=1e-6, abs_tol=1e-9)
+        assert math.isclose(gain["IWAE"]["se"], float(paired.std()) / math.sqrt(7), rel_tol=1e-6)
+    assert set(results["differences"]) == set(values) - {experiment.baseline}
+
+    bench.show(experiment, results)
+    text = sys.modules["reproduction.page"].page([results])
+    assert text.count("Not run yet.") == len(NAMES) - 1
+    for record in results["arms"]:
+        number = record["numbers"]["IWAE-30"]
+        assert f"{number['mean']:.2f} ± {number['se']:.2f}" in text
+
+
+def test_gaps_add_up(bench, images, tmp_path):
+    results = go(bench, "gaps-mnist", images, tmp_path, arms=("VAE", "SA-VAE, K = 20, step 0.03"))
+    rows = [row for arm in results["arms"] for row in arm["extra"]]
+    assert len(rows) == 2 * (3 + 2)  # training and test, posteriors of each arm
+    for row in rows:
+        mean = {key: row[key]["mean"] for key in ("approximation", "amortization", "inference", "log p(x)", "ELBO")}
+        # float32 sums of bounds of some 30 nats
+        assert math.isclose(mean["approximation"] + mean["amortization"], mean["inference"], abs_tol=1e-4)
+        assert math.isclose(mean["log p(x)"] - mean["ELBO"], mean["inference"], abs_tol=1e-4)
+
+
+def test_arms_share_data_and_first_decoder(bench, images, tmp_path):
+    experiment, small = bench.EXPERIMENTS["vlae-mnist"], options(bench, "vlae-mnist", images, tmp_path).preset
+    module = sys.modules["reproduction.experiment"]
+    split = module.load(experiment, small, "cpu", images)
+    first, second = (module.setup(experiment, small, split, 3) for _ in range(2))
+    for a, b in zip(first.vae.decoder.parameters(), second.vae.decoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # Centred by the mean of all training images kept, the noise starts at the spread around it.
+    assert split.images.train.mean(0).allclose(split.images.train[:40].mean(0) - split.train.mean(0), atol=1e-5)
+    assert math.isclose(float(first.vae.noise_scale.detach()), float(split.train.square().mean().sqrt()), rel_tol=1e-5)
+
+
+def test_more_epochs_take_an_arm_further(bench, images, tmp_path):
+    """Two epochs in two runs are two epochs in one; a finished arm is left alone."""
+    arms = {"arms": ("VAE",)}
+    go(bench, "savae-mnist", images, tmp_path / "two", epochs=1, **arms)
+    stopped = go(bench, "savae-mnist", images, tmp_path / "two", epochs=2, **arms)["arms"][0]
+    whole = go(bench, "savae-mnist", images, tmp_path / "one", epochs=2, **arms)["arms"][0]
+    assert stopped["curve"] == whole["curve"]
+    assert stopped["numbers"] == whole["numbers"]
+    assert stopped["seconds"] > 0
+
+    said = []
+    again = go(bench, "savae-mnist", images, tmp_path / "two", epochs=2, say=said.append, **arms)["arms"][0]
+    assert "VAE: finished before" in said
+    assert again == stopped
+    with pytest.raises(ValueError, match="trained for 2 epochs already"):
+        go(bench, "savae-mnist", images, tmp_path / "two", epochs=1, **arms)
+    with pytest.raises(ValueError, match="other settings .*seed"):
+        go(bench, "savae-mnist", images, tmp_path / "two", epochs=2, seed=1, **arms)
+
+
+def test_arms_by_name(bench, images, tmp_path):
+    with pytest.raises(ValueError, match="no arm SVAE"):
+        go(bench, "savae-mnist", images, tmp_path, arms=("SVAE",))
+    with pytest.raises(ValueError, match="name that arm as well"):
+        go(bench, "savae-mnist", images, tmp_path, arms=("VAE, same time",))
+
+
+def test_clock(bench):
+    """Training by time stops at the nearest whole epoch, and a killed run's epochs are counted."""
+    training = sys.modules["reproduction.training"]
+    clock = training.Clock()
+    assert training._next(clock, 100, 21.0, 0) == 1
+    clock.add(1, 0, 2.0, 1.0)
+    assert training._next(clock, 10**6, 20.5, 0) == 10  # 18.5 s left at 2 s an epoch: nine more
+    assert training._next(clock, 10**6, 21.5, 0) == 11
+    assert training._next(clock, 4, None, 0) == 4
+    assert training._next(clock, 10**6, None, 0) == 31  # a minute at a time
+    assert training._next(clock, 10**6, 2.0, 0) == 1  # no time left
+    assert training._next(clock, 50, 2.0, 8) == 8  # but not inside a KL schedule
+    clock.add(5, 3, 4.0, 2.0)  # the checkpoint was two epochs ahead: four epochs, two of them timed
+    assert (clock.epochs, clock.seconds, clock.cpu_seconds) == (5, 10.0, 5.0)
+    clock.add(6, 6, 0.1, 0.1)  # nothing left to train: the lost epoch at the pace so far
+    assert clock.seconds == 12.0
+
+
+def test_same_time_arms_train_for_that_time(bench, images, tmp_path):
+    results = go(bench, "savae-mnist", images, tmp_path, epochs=3)
+    seconds = {arm["name"]: (arm["seconds"], arm["epochs"]) for arm in results["arms"]}
+    budget = seconds["SA-VAE, K = 20, step 0.03"][0]
+    spent, epochs = seconds["VAE, same time"]
+    assert spent > budget - 0.5 * spent / epochs  # to the nearest whole epoch
+    assert epochs != 3
+
+
+def record(name, published, gain, **changes):
+    """An arm as `results.json` has it."""
+    return {
+        "name": name, "published": published, "failed": None, "epochs": 5, "best_epoch": 4, "seconds": 10.0,
+        "validation": [[1, -3.0]], "out_of_time": False, "extra": [],
+        "numbers": {
+            "ELBO": {"mean": -2.0, "se": 0.1}, "IWAE-10": {"mean": -1.5, "se": 0.1},
+            "IWAE-100": {"mean": -1.0 + gain, "se": 0.1}, "KL": {"mean": 3.0, "se": 0.1},
+            "k-hat above 0.7": {"mean": 0.25, "se": 0.1},
+        },
+        "provenance": {"versions": {"torch": "2"}, "fingerprint": "0123456789abcdef"}, **changes,
+    }  # fmt: skip
+
+
+def test_page_says_what_did_not_come_out(bench):
+    arms = [
+        record("VAE", -400.0, 0.0),
+        record("up", -390.0, 8.0),
+        record("down", -390.0, -3.0),
+        record("nothing", -390.0, 0.05),
+        record("late", None, 1.0, best_epoch=5),
+        record("slow", None, 1.0, out_of_time=True),
+        {"name": "wild", "published": -390.0, "failed": "step 3: nan"},
+    ]
+    results = {
+        "experiment": "vlae-mnist", "preset": "quick", "seed": 0, "settings": {
+            "epochs": 5, "validation_rows": 8, "num_samples": 100,
+        },
+        "train_rows": 40, "test_rows": 7, "data": "squares", "split": "as it is", "baseline": "VAE", "machine": "CPU",
+        "differences": {
+            name: {"ELBO": {"mean": 0.0, "se": 0.1}, "IWAE": {"mean": gain, "se": 0.1}}
+            for name, gain in {"up": 8.0, "down": -3.0, "nothing": 0.05, "late": 1.0, "slow": 1.0}.items()
+        },
+        "arms": arms,
+    }  # fmt: skip
+    facts = sys.modules["reproduction.page"]._shortfalls(bench.EXPERIMENTS["vlae-mnist"], results)
+    assert facts == [
+        "down against VAE: published +10.0 nats, here -3.00 ± 0.10: the other sign.",
+        "nothing against VAE: published +10.0 nats, here +0.05 ± 0.10: not told apart from zero.",
+        "late was still rising on the validation images when training ended.",
+        "slow was stopped by its time limit after 5 of 5 epochs: its differences are not at equal epochs.",
+        "wild: step 3: nan",
+    ]
+    text = sys.modules["reproduction.page"].page([results])
+    row = "| up | 5 (4) | 10 | -2.00 ± 0.10 | -1.50 ± 0.10 | 7.00 ± 0.10 | +0.00 ± 0.10 | +8.00 ± 0.10 | 3.0 | 25 % | "
+    assert row + "-390.0 | +10.0 |" in text
+    assert "| wild | failed |" in text
+
+
+def test_command_line(bench, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["savae-mnist", "--arms", "VAE", "--epochs", "1", "--train-rows", "20", "--test-rows", "2", "--threads",
+                "1", "--seed", "4", "--no-progress", "--data", images])  # fmt: skip
+    found = json.loads(Path("runs/reproduce/savae-mnist/quick-seed4/results.json").read_text())
+    assert found["seed"] == 4
+    assert found["settings"]["epochs"] == 1
+    bench.main(["--page"])
+    assert "### quick, seed 4" in Path("docs/reproduction.md").read_text()
+    with pytest.raises(SystemExit):
+        bench.main([])
+    assert "name an experiment" in capsys.readouterr().err
