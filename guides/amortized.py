@@ -97,9 +97,10 @@ class Amortized(FamilyGuide):
         return self._family
 
     def lam(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.encoder is None:
+        encoder = self.encoder  # read once: every access registers its parameters with Pyro
+        if encoder is None:
             return self.constant
-        return encode(self.encoder, self.encoder_input(*args, **kwargs), self.family(*args, **kwargs))
+        return encode(encoder, self.encoder_input(*args, **kwargs), self.family(*args, **kwargs))
 
 
 def _traits(family: Any) -> GuideTraits:

@@ -221,10 +221,8 @@ class FamilyGuide(DensityGuide):
     def stratified(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted draws, one per component: log-weights `[R, B]`, draws `[R, B, D]`, log q at them `[R, B]`."""
         family, lam = self.family(*args, **kwargs), self.lam(*args, **kwargs)
-        log_weights, u = family.stratified(
-            lam, noise.normal(num_samples, len(lam), family.strata_noise_dim, like=lam)
-        )
-        return log_weights, u, family(lam).log_prob(u)
+        eps = noise.normal(num_samples, len(lam), family.strata_noise_dim, like=lam)
+        return family.stratified_and_log_prob(lam, eps)
 
 
 def _at_least_one(num_samples: int) -> None:

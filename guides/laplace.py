@@ -79,7 +79,9 @@ class Laplace(DensityGuide):
         gradient: "full" differentiates mode and covariance (through every update for "damped" and "full", implicitly
             for "newton"); "envelope" treats both as constants, which is cheap and biased: the model then learns slower
             and ends lower.
-        num_probes: for "newton": 0 differentiates the covariance exactly; P > 0 by P random probes, without bias.
+        num_probes: for "newton": 0 differentiates the covariance exactly; P > 0 by P random probes: no bias and a
+            cheaper step, but so much noise that one probe learns slower than the published algorithm (after 3 epochs on
+            20,000 MNIST images 10.3 +- 0.3 nats behind it, the exact gradient 5.2 +- 0.2 ahead).
         num_cg: conjugate-gradient iterations per Newton step.
         tolerance: Newton decrement in nats below which a datum counts as converged.
         num_draws: 0 is Laplace's method: gradient and curvature at one point. An even M > 0 averages both over M

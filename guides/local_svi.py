@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import handlers
+from pyrovae.ascent import Ascent, LocalFit
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.families import FAMILIES, Family, get_family, refuse_unbuilt_flow
 from pyrovae.guides.base import FamilyGuide
 from pyrovae.guides.refined import Refined, RefinedGuide, start_of
 from pyrovae.guides.side_term import pull
-from pyrovae.refine import Ascent, LocalFit, Objective, Optimizer
+from pyrovae.refine import Objective, Optimizer
 from pyrovae.runtime import evaluating, preserve_rng
 
 __all__ = ["LocalSVI"]
@@ -40,7 +41,7 @@ class LocalSVI(RefinedGuide):
             learns by the ELBO's gradient at the start alone.
         num_samples: draws per gradient, each with its mirror image where the family is symmetric.
         max_steps, check, patience, reductions, shrink, tolerance, optimizer: the stopping rule, as in
-            `pyrovae.refine.Ascent`.
+            `pyrovae.ascent.Ascent`.
         progress: show a progress bar.
         plate, batched: as in `LatentSpace`; of the base, where there is one.
 

@@ -103,9 +103,10 @@ class SemiAmortized(RefinedGuide):
         step_size, momentum = 0.1 if step_size is None else step_size, 0.5 if momentum is None else momentum
         if num_steps < 0 or num_samples < 1 or not 0 <= momentum < 1:
             raise ValueError("SemiAmortized needs num_steps >= 0, num_samples >= 1 and momentum in [0, 1)")
-        for value in step_size.values() if isinstance(step_size, Mapping) else (step_size,):
-            if not value > 0:
-                raise ValueError(f"step sizes must be positive, got {value}")
+        for name, option in (("step sizes", step_size), ("max_norm", 1.0 if max_norm is None else max_norm)):
+            for value in option.values() if isinstance(option, Mapping) else (option,):
+                if not value > 0:
+                    raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(base.model, plate=base.plate, batched=base.batched)
         self.base = base
         self.num_steps, self.step_size, self.momentum = num_steps, step_size, momentum

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _ROOMS = (
     "data", "diagnose", "evidence", "export", "families", "flows", "guides", "handlers", "latents", "losses", "models",
-    "nets", "plots", "reference", "runtime", "samplers",
+    "nets", "optim", "plots", "reference", "runtime", "samplers",
 )  # fmt: skip
 _NAMES = {
     "LatentSpace": "pyrovae.latents",

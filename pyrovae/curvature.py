@@ -267,7 +267,8 @@ class Curvature:
         protocol = getattr(self.space.model, "linear_head", None)
         head = protocol(seen.name) if protocol is not None and len(parameters) == 1 else None
         if head is not None:
-            self._verify_head(seen.name, parameters[0], *head, blocks, u)
+            trunk, weight = head
+            self._verify_head(seen.name, parameters[0], trunk, weight, blocks, u)
         return head
 
     def _verify_head(

@@ -76,7 +76,13 @@ class Adam(PyroOptim):
             )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        options: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+        }
         torch.optim.Adam([torch.zeros(())], **options)  # torch's own checks, now rather than at the first step
         super().__init__(torch.optim.Adam, options)
         self.options, self.per_parameter, self.max_norm = options, per_parameter, max_norm

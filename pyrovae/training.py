@@ -22,12 +22,14 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pyrovae import checkpoint as ckpt
 from pyrovae import handlers, losses, noise, store
 from pyrovae.compat import require_compatible
 from pyrovae.diverged import diagnose_nan
 from pyrovae.errors import CheckpointError, DataError, ParameterCollision, PlateError, TrainingDiverged
+from pyrovae.optim import Adam
 from pyrovae.plates import read_plate
 from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.runtime import evaluating, modules_of, preserve_rng, seeded
@@ -114,8 +116,9 @@ def fit(
         data: a tensor `[N, ...]` or a tuple of them; rows are mini-batched and passed as positional arguments.
         batch_size: rows per step; 128 by default, all rows for a guide in joint mode (`plate=None`).
         loss: a Pyro loss; by default the ELBO (stratified for mixtures, E_q log p(x,z) for guides without density).
-        optimizer: a `pyro.optim` optimiser or scheduler; Adam with step 1e-3 by default. It must be a fresh one. A
-            scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training objective).
+        optimizer: a `pyro.optim` optimiser or scheduler; `pyrovae.optim.Adam(lr=1e-3)` by default. It must be
+            a fresh one. A scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training
+            objective).
         epochs, max_steps: when to stop; with both, whichever comes first. Default 50 epochs.
         transform: applied to the first tensor of every training batch (dynamic binarisation).
         kl_weight: a number, or a schedule over steps; its final value is recorded, and a run that ends before its
@@ -149,7 +152,7 @@ def fit(
         batch_size = len(tensors[0]) if getattr(guide, "plate", "data") is None else 128
     loss = default_loss(guide) if loss is None else loss
     require_compatible(model, guide, loss)
-    optimizer = pyro.optim.Adam({"lr": 1e-3}) if optimizer is None else optimizer
+    optimizer = Adam(lr=1e-3) if optimizer is None else optimizer
     if optimizer.optim_objs:
         raise ValueError("the optimiser has stepped parameters before: pass a fresh one")
     epochs = 50 if epochs is None and max_steps is None else epochs
@@ -335,7 +338,10 @@ class _Run:
         # One entry per tensor, in the order of the programs: a set's order would change the rounding of the norm.
         named = {site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()}
         parameters = list(named)
-        bad = [name for p, name in named.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])  # not finite if any gradient is not
+        bad: list[str] = []
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # a finite gradient's square may overflow
+            bad = [name for p, name in named.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
         if bad or not math.isfinite(loss):
             pyro.infer.util.zero_grads(parameters)
             cause = diagnose_nan(self.model, self.guide, rows, loss, bad)
@@ -346,7 +352,7 @@ class _Run:
                 "gradients with max_norm, or bound the scale of that site"
             )
         if self.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+            clip_grads_with_norm_(parameters, self.max_norm, norm)
         self.optimizer(parameters)
         pyro.infer.util.zero_grads(parameters)
         return loss * self._rows_over_data(rows)

@@ -340,6 +340,27 @@ def test_splines_are_monotone_and_inverted_to_rounding() -> None:
     torch.testing.assert_close(rational_quadratic(x, *flat, 3.0)[0], x, rtol=0, atol=1e-14)
 
 
+def test_spline_inverse_does_not_cancel() -> None:
+    """Before a knot of slope 1e4 one of the two forms of the root loses half the digits of single precision."""
+    y = torch.linspace(-0.7, -0.05, 300)
+    equal, slopes = torch.zeros(300, 8), torch.zeros(300, 7)
+    slopes[:, 3] = 1e4
+    exact, _ = rational_quadratic(y.double(), equal.double(), equal.double(), slopes.double(), 3.0, inverse=True)
+    found, _ = rational_quadratic(y, equal, equal, slopes, 3.0, inverse=True)
+    assert (found - exact).abs().max() < 1e-6
+
+
+def test_points_outside_a_spline_cannot_spoil_its_gradients() -> None:
+    slopes = torch.zeros(2, 7)
+    slopes[:, 6] = 3e38  # the last piece's formula overflows at a point beyond the box
+    slopes.requires_grad_()
+    equal = torch.zeros(2, 8, requires_grad=True)
+    y, log_slope = rational_quadratic(torch.tensor([0.3, 100.0]), equal, equal, slopes, 3.0)
+    assert y[1] == 100.0
+    for gradient in torch.autograd.grad(y.sum() + log_slope.sum(), (equal, slopes)):
+        assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("size", [1.0, 20.0])
 def test_steep_splines_in_single_precision_stay_finite(size: float) -> None:
     """Pyro's own inverse stops here with a bare AssertionError."""

@@ -117,7 +117,7 @@ def _arm(
     folder = options.out / arm.slug
     record = _finished(folder / "arm.json", settings)
     if record is not None:
-        say(f"{arm.name}: finished before")
+        say(f"{arm.name}: {'failed' if record['failed'] else 'finished'} before")
         return {**record, "published": arm.published}
     record = {"name": arm.name, "published": arm.published, "settings": settings, "failed": None}
     loss = None if arm.loss is None else arm.loss()

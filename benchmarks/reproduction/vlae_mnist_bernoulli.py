@@ -35,7 +35,7 @@ EXPERIMENT = Experiment(
         "The chart gives T = 1, 2, 4, 8 (Laplace -83.72, -83.84, -83.73, -83.60) but not the size of the nets nor the "
         "number of importance samples; the sizes here are the large ones of the released code. Its other rows at T = 4 "
         "are SA-VAE -85.43, Householder -85.23 and IAF -84.02.",
-        '"Laplace" is this library\'s default: line-searched Newton steps with an implicit gradient, the gradient of '
-        "the covariance by one random probe. The damped steps of the paper are an arm of the paper preset.",
+        '"Laplace" takes line-searched Newton steps, differentiated implicitly, and the covariance '
+        "exactly. The damped steps of the paper are an arm of the paper preset.",
     ),
 )

@@ -52,16 +52,15 @@ class Lookup(nn.Module):
 
 
 def start(problem: Problem, family: Family) -> Tensor:
-    """Narrow Gaussians at the problem's start, `[B, P]`; the two of a mixture at 1 and -1 in the first coordinate."""
+    """Narrow Gaussians at the problem's start, `[B, P]`; the two of a mixture on either side, along the first axis."""
     lam = family.init(len(problem.x), dtype=torch.double)
     blocks = family.blocks
     if "locs" in blocks:
-        lam[:, blocks["locs"]] = 0.0
-        lam[:, blocks["locs"].start] = 1.0
-        lam[:, blocks["locs"].start + problem.dim] = -1.0
+        aside = torch.eye(problem.dim)[0].to(lam)
+        lam[:, blocks["locs"]] = torch.cat([problem.start + aside, problem.start - aside], dim=-1)
     else:
         lam[:, blocks["loc"]] = problem.start
-    for name, value in (("log_var", -2.0), ("log_vars", -2.0), ("log_diag", -1.0)):
+    for name, value in (("log_var", -2.0), ("log_vars", -1.0), ("log_diag", -1.0)):
         if name in blocks:
             lam[:, blocks[name]] += value
     return lam

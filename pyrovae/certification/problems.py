@@ -180,7 +180,7 @@ class Problem(ABC):
 
 class Pca(Problem):
     name = "ppca"
-    about = "probabilistic PCA, 3 latents, 5 pixels: a correlated Gaussian posterior, in closed form"
+    about = "Probabilistic PCA, 3 latents, 5 pixels: a correlated Gaussian posterior, in closed form"
     dim, gaussian = 3, True
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ class Pca(Problem):
 
 class Correlated(Problem):
     name = "correlated"
-    about = "two scalar sites that are observed through their sum: a Gaussian posterior of correlation -0.9"
+    about = "Two scalar sites that are observed through their sum: a Gaussian posterior of correlation -0.9"
     gaussian = True
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class Correlated(Problem):
 
 class Bimodal(Problem):
     name = "bimodal"
-    about = "z^2 observed: two narrow modes at about ±sqrt(x), and one bimodal datum whose modes touch"
+    about = "The square of one latent is observed: two narrow modes, far apart for two data and touching for the third"
     dim = 1
     bound = 8.0
 
@@ -238,7 +238,7 @@ class Bimodal(Problem):
 
 class Banana(Problem):
     name = "banana"
-    about = "z_2 + z_1^2 / 2 observed: a posterior bent along a parabola"
+    about = "A sum of one latent and half the square of another is observed: a posterior bent along a parabola"
 
     def __init__(self) -> None:
         self.model, self.x = banana, torch.tensor([-0.5, 0.4, 1.0]).double()
@@ -258,7 +258,7 @@ class GammaScale(Problem):
     """u = (log s, m): log Gamma(s; 3, 2) + log s = 3 log s - 2 s + 3 log 2 - log 2."""
 
     name = "gamma-scale"
-    about = "location and Gamma-distributed scale of four numbers: two sites, one constrained (u = log scale)"
+    about = "Location and Gamma-distributed scale of four numbers: two sites, one constrained (u = log scale)"
     bound = 12.0
 
     def __init__(self) -> None:
@@ -281,7 +281,7 @@ class GammaScale(Problem):
 
 class Logistic(Problem):
     name = "logistic"
-    about = "logistic regression with two coefficients and ten binary answers per datum"
+    about = "Logistic regression with two coefficients and ten binary answers per datum"
     bound = 24.0
 
     def __init__(self) -> None:

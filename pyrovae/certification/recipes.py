@@ -31,6 +31,7 @@ from pyrovae.guides.base import Guide
 
 __all__ = ["RECIPES", "SEARCHED", "Law", "Recipe", "Rule"]
 
+LONG = 500  # SVI steps for what is slow: a component that has lost its weight, vectors that all data share
 CHAIN, LEAPFROG = 8, 3  # steps of short runs, and leapfrog steps within one of HMC
 _PARTICLES = 512  # draws per datum and SVI step: noise is what keeps training from the optimum
 
@@ -82,7 +83,7 @@ class Recipe:
     standard: Callable[[Best], Candidates | Law]
     held_to: str
     loss: Callable[[], Any] | None = None
-    steps: int = 250
+    steps: int = 200
     rate: float = 0.1
     rule: Rule = Rule()
     aim: Literal["best", "definition", "at least"] = "best"
@@ -123,9 +124,10 @@ RECIPES: dict[str, Recipe] = {
     "amortized": Recipe(amortized, _diagonal, DIAGONAL, path),
     "amortized-full-rank": Recipe(lambda best: amortized(best, "full-rank"), _full_rank, FULL_RANK, path),
     "amortized-low-rank": Recipe(lambda best: amortized(best, "low-rank"), attrgetter("low_rank"), LOW_RANK, path),
-    "amortized-mixture": Recipe(lambda best: amortized(best, "mixture"), _mixture, MIXTURE, plain),
+    "amortized-mixture": Recipe(lambda best: amortized(best, "mixture"), _mixture, MIXTURE, plain, LONG),
     "amortized-householder": Recipe(
-        lambda best: flow(best, lambda dim: flows.Householder(dim, max(1, dim - 1))), _full_rank, FULL_RANK, plain
+        lambda best: flow(best, lambda dim: flows.Householder(dim, max(1, dim - 1))), _full_rank, FULL_RANK, plain,
+        LONG,
     ),
     "amortized-iaf": Recipe(
         lambda best: flow(best, lambda dim: flows.IAF(dim, 2, 3, (16,))), _diagonal, NESTED, plain, aim="at least"
@@ -136,9 +138,9 @@ RECIPES: dict[str, Recipe] = {
     "amortized-spline": Recipe(
         lambda best: flow(best, lambda dim: flows.Spline(dim, 1, 3, (16,))), _diagonal, NESTED, plain, aim="at least"
     ),
-    "mixture": Recipe(mixture, _mixture, MIXTURE, plain),
+    "mixture": Recipe(mixture, _mixture, MIXTURE, plain, LONG),
     "semi-amortized": Recipe(lambda best: refined(best, amortized(best)), _diagonal, DIAGONAL, path),
-    "semi-amortized-mixture": Recipe(lambda best: refined(best, mixture(best)), _mixture, MIXTURE, plain),
+    "semi-amortized-mixture": Recipe(lambda best: refined(best, mixture(best)), _mixture, MIXTURE, plain, LONG),
     "semi-amortized-untrained": Recipe(unaided, _diagonal, DIAGONAL, calls=2),
     "local-svi": Recipe(lambda best: local(best, "diagonal"), _diagonal, DIAGONAL, calls=1),
     "local-svi-full-rank": Recipe(lambda best: local(best, "full-rank"), _full_rank, FULL_RANK, calls=1),

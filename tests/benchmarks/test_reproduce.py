@@ -173,14 +173,13 @@ def test_same_time_arms_train_for_that_time(bench, images, tmp_path):
     budget = seconds["SA-VAE, K = 20, step 0.03"][0]
     spent, epochs = seconds["VAE, same time"]
     assert spent > budget - 0.5 * spent / epochs  # to the nearest whole epoch
-    assert epochs != 3
 
 
 def record(name, published, gain, **changes):
     """An arm as `results.json` has it."""
     return {
         "name": name, "published": published, "failed": None, "epochs": 5, "best_epoch": 4, "seconds": 10.0,
-        "validation": [[1, -3.0]], "out_of_time": False, "extra": [],
+        "cpu_seconds": 15.0, "validation": [[1, -3.0]], "out_of_time": False, "extra": [],
         "numbers": {
             "ELBO": {"mean": -2.0, "se": 0.1}, "IWAE-10": {"mean": -1.5, "se": 0.1},
             "IWAE-100": {"mean": -1.0 + gain, "se": 0.1}, "KL": {"mean": 3.0, "se": 0.1},
@@ -213,15 +212,15 @@ def test_page_says_what_did_not_come_out(bench):
     }  # fmt: skip
     facts = sys.modules["reproduction.page"]._shortfalls(bench.EXPERIMENTS["vlae-mnist"], results)
     assert facts == [
-        "down against VAE: published +10.0 nats, here -3.00 ± 0.10: the other sign.",
-        "nothing against VAE: published +10.0 nats, here +0.05 ± 0.10: not told apart from zero.",
+        "down against VAE: published +10 nats, here -3.00 ± 0.10: the other sign.",
+        "nothing against VAE: published +10 nats, here +0.05 ± 0.10: not told apart from zero.",
         "late was still rising on the validation images when training ended.",
         "slow was stopped by its time limit after 5 of 5 epochs: its differences are not at equal epochs.",
         "wild: step 3: nan",
     ]
     text = sys.modules["reproduction.page"].page([results])
-    row = "| up | 5 (4) | 10 | -2.00 ± 0.10 | -1.50 ± 0.10 | 7.00 ± 0.10 | +0.00 ± 0.10 | +8.00 ± 0.10 | 3.0 | 25 % | "
-    assert row + "-390.0 | +10.0 |" in text
+    row = "| up | 5 (4) | 10 (15) | -2.00 ± 0.10 | -1.50 ± 0.10 | 7.00 ± 0.10 | +0.00 ± 0.10 | +8.00 ± 0.10 |"
+    assert f"{row} 3.0 | 25 % | -390 | +10 |" in text
     assert "| wild | failed |" in text
 
 

@@ -79,7 +79,7 @@ def _dense_elbo(problem, locs, scales, weights, row):
 
 
 def test_diagonal_on_the_bimodal_is_the_best_of_a_grid(bimodal):
-    """Every location and scale of a grid, the ELBO by dense integration; the data are symmetric, so one side will do."""
+    """Every location and scale of a grid, the ELBO by dense integration; one side will do, by symmetry."""
     problem = bimodal.problem
     u = torch.linspace(-8, 8, 2001, dtype=torch.double)
     joint = problem.log_joint(u[:, None, None].expand(-1, 3, 1))

@@ -159,7 +159,9 @@ GOOD = _bytes(_small()["t10k-images-idx3-ubyte"])
         ("t10k-images-idx3-ubyte", _bytes(np.zeros((3, 5, 4), np.uint8)), r"different shapes \(4, 5\) and \(5, 4\)"),
         ("t10k-images-idx3-ubyte", _bytes(np.zeros((0, 4, 5), np.uint8)), r"'test' in .*raw has shape \(0, 4, 5\)"),
     ],
-)
+    ids=["empty", "cut header", "floats", "images as labels", "one short", "one more", "not zipped", "cut zip",
+         "labels", "transposed", "no images"],
+)  # fmt: skip
 def test_damaged_idx_files(tmp_path: Path, file: str, content: bytes, message: str) -> None:
     folder = _write(tmp_path, "MNIST", set())
     (folder / file.removesuffix(".gz")).unlink()

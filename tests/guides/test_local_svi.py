@@ -12,9 +12,10 @@ from bench import problems
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyrovae import evidence, flows, guides, reference
+from pyrovae.ascent import Ascent
 from pyrovae.models import PPCA, VAE
 from pyrovae.nets import MLP, LinearHeadDecoder, Table
-from pyrovae.refine import Ascent, Objective
+from pyrovae.refine import Objective
 
 # Windows are compared on 128 pairs of draws and a datum stops when it gains less than their noise and 0.001 nats, two
 # windows running at each of four step sizes: what is left is of the order of that noise, some 0.01 nats.
@@ -210,13 +211,21 @@ def test_fit_touches_neither_weights_nor_buffers_nor_random_state():
 
 
 def test_chunks_change_nothing():
-    """Evaluation draws a datum's noise from the datum's own stream, whatever its neighbours need; ragged last chunk."""
+    """Evaluation draws a datum's noise from the datum's own stream, whatever its neighbours need; ragged last chunk.
+
+    Adam blows rounding up where a gradient vanishes, so that two searches agree within their tolerance; other noise
+    would move single log-weights by their own spread.
+    """
     model, x = problems.ppca(rows=5, latent=3, pixels=8)
     guide = guides.LocalSVI(model, reductions=1)
-    whole, parts = (evidence.log_weights(model, guide, x, num_samples=20, chunk=chunk) for chunk in (5, 2))
-    assert torch.allclose(whole, parts, rtol=0, atol=1e-8)
-    alone = evidence.log_weights(model, guide, x[3:4], num_samples=20, indices=[3])
-    assert torch.allclose(whole[:, 3:4], alone, rtol=0, atol=1e-8)
+
+    def weights(rows=slice(None), **options):
+        return evidence.log_weights(model, guide, x[rows], num_samples=20, **options)
+
+    whole, parts, alone, other = weights(chunk=5), weights(chunk=2), weights(slice(3, 4), indices=[3]), weights(seed=1)
+    assert (whole - parts).abs().mean(0).max() < SHORT
+    assert (whole[:, 3:4] - alone).abs().mean() < SHORT
+    assert (whole - other).abs().mean(0).min() > 3 * SHORT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -324,6 +324,30 @@ def test_clipping_leaves_short_gradients_alone():
     assert torch.equal(Clip(get_family("full-rank", 1), 1.0, ones)(ones), ones)
 
 
+@pytest.mark.parametrize("optimizer", [None, lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9)])
+@pytest.mark.parametrize("family", ["diagonal", "mixture", "iaf"])
+def test_inner_svi_steps_a_torch_optimizer(family, optimizer):
+    """Against the loop written out; 6 steps, so that the recorded log-joint serves."""
+    vae, x = small_vae()
+    base = base_guide(vae, family)
+    guide = guides.SemiAmortized(base, 6, inner="svi", optimizer=optimizer, num_samples=2, max_norm=None)
+    torch.manual_seed(7)
+    path = guide.path(x)
+    torch.manual_seed(7)
+    objective = Objective(base.family(x), base.space(x).bind(x))
+    draws = [objective.noise(2, path[0]) for _ in range(6)]
+    lam = base.lam(x).detach().clone().requires_grad_()
+    stepper = torch.optim.Adam([lam], lr=0.05) if optimizer is None else optimizer([lam])
+    for k, eps in enumerate(draws):
+        assert torch.allclose(path[k], lam, rtol=0, atol=1e-12)
+        stepper.zero_grad()
+        (-objective(lam, eps).sum()).backward()
+        stepper.step()
+    assert torch.allclose(path[-1], lam, rtol=0, atol=1e-12)
+    assert not path[-1].requires_grad
+    assert guide.gradient == "detached"
+
+
 def test_works_under_no_grad_and_gives_the_training_path():
     model, x = problems.ppca(rows=3)
     guide = guides.SemiAmortized(guides.Amortized(model, linear_encoder(x, 10)), 4, 0.01)
@@ -343,6 +367,8 @@ def test_works_under_no_grad_and_gives_the_training_path():
         {"num_samples": 0},
         {"momentum": 1.0},
         {"step_size": -0.1},
+        {"max_norm": 0.0},
+        {"max_norm": {"loc": 1.0, "log_var": -1.0}},
         {"step_size": {"loc": 0.1, "x": 1}},
         {"gradient": "second-order"},
         {"memory": "small"},
