@@ -61,7 +61,7 @@ def certify(
     seed: Annotated[int, typer.Option(min=0, help="of training and evaluation")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default")] = None,
     out: Annotated[str, typer.Option(help="page to write [default: docs/certification.md, for the whole table]")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="two problems, less training: proves little")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="two problems, half the draws")] = False,
 ) -> None:
     """Hold every guide against exact answers; exit with status 1 if any fails."""
     from rich.console import Console

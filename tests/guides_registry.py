@@ -106,7 +106,7 @@ GUIDES = {
     "semi-amortized": _semi,
     "semi-amortized-mixture": _semi_mixture,
     "semi-amortized-detached": _semi_detached,
-    "semi-amortized-svi": _semi_svi,
+    "semi-amortized-mixture-svi": _semi_svi,
     "local-svi": _local_svi,
     "local-svi-from-guide": _local_svi_from_guide,
     "laplace": _laplace,

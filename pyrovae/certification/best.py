@@ -30,6 +30,8 @@ _STARTS = 12
 _COARSE = {1: 30, 2: 12, 3: 6}  # Gauss-Hermite nodes a dimension while the starts are followed
 _FINE = {1: 60, 2: 20, 3: 10}  # at the end of the search
 _FINEST = {1: 150, 2: 50, 3: 16}  # for the ELBO that guides are held against
+_RESOLVED = 1e-4  # nats by which two orders may differ
+_FLAT = 1e-2  # slope of an optimum in any parameter, nats
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Candidates:
 
     Attributes:
         members: C of them for each of B data.
-        elbo: `[C, B]`, nats; -inf where two orders of quadrature disagree by more than 1e-4 nats.
+        elbo: `[C, B]`, nats; -inf where two orders of quadrature disagree, or the search stopped short of an optimum.
     """
 
     members: Members
@@ -70,11 +72,20 @@ class Best:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def _candidates(self, members: Members) -> Candidates:
+    def _candidates(self, members: Members, settled: Tensor | bool = True) -> Candidates:
+        """With their ELBO; `settled [C, B]` says where a search ended at an optimum.
+
+        Raises:
+            ValueError: the best of them, for some datum, is none.
+        """
         joint, dim = self.problem.log_joint, self.problem.dim
         with torch.no_grad():
             fine, finest = (members.elbo(joint, points[dim]) for points in (_FINE, _FINEST))
-        return Candidates(members, torch.where((fine - finest).abs() < 1e-4, finest, -torch.inf))
+        resolved = torch.where((fine - finest).abs() < _RESOLVED, finest, -torch.inf)
+        sound = torch.where(torch.as_tensor(settled), resolved, -torch.inf)
+        if not (sound.amax(0) > resolved.amax(0) - _RESOLVED).all():
+            raise ValueError(f"{self.problem!r}: the search for a best member stopped short of an optimum")
+        return Candidates(members, sound)
 
     @cached_property
     def diagonal(self) -> Candidates:
@@ -136,10 +147,16 @@ class Best:
             locs, log_sds = (p[..., i * size : (i + 1) * size].unflatten(-1, (components, -1)) for i in (0, 1))
             return member(locs, log_sds, p[..., 2 * size :])
 
-        for points, steps in ((_COARSE[problem.dim], 500), (_FINE[problem.dim], 60)):
-            theta = maximise(lambda p, g=points: build(p).elbo(problem.log_joint, g), theta, steps)
+        def coarse(p: Tensor) -> Tensor:
+            return build(p).elbo(problem.log_joint, _COARSE[problem.dim])
+
+        def fine(p: Tensor) -> Tensor:
+            return build(p).elbo(problem.log_joint, _FINE[problem.dim])
+
+        theta = maximise(fine, maximise(coarse, theta, 500), 60)
+        settled = gradient(fine, theta).abs().amax(-1) < _FLAT
         with torch.no_grad():
-            return self._candidates(build(theta))
+            return self._candidates(build(theta), settled)
 
     @cached_property
     def _modes(self) -> Tensor:

@@ -22,8 +22,8 @@ __all__ = [
     "wide_start",
 ]  # fmt: skip
 
-_DRAWS = 32  # per inner gradient of a refinement
-_MANY_DRAWS = 256
+_DRAWS = 128  # per inner gradient of a refinement that is trained
+_MANY_DRAWS = 256  # of one that is not
 
 
 class NotCertified(Exception):

@@ -86,25 +86,23 @@ class Check:
     seconds: float = 0.0
 
 
-def train(problem: Problem, recipe: Recipe, guide: Guide, seed: int, effort: float) -> None:
+def train(problem: Problem, recipe: Recipe, guide: Guide, seed: int) -> None:
     """Stock SVI on all data at once."""
     if recipe.loss is None:
         return
-    steps = max(1, round(effort * recipe.steps))
     optimizer = pyro.optim.CosineAnnealingLR({
-        "optimizer": torch.optim.Adam, "optim_args": {"lr": recipe.rate, "betas": (0.9, 0.95)}, "T_max": steps,
+        "optimizer": torch.optim.Adam, "optim_args": {"lr": recipe.rate, "betas": (0.9, 0.95)}, "T_max": recipe.steps,
     })  # fmt: skip
     loss = recipe.loss()
-    fit(problem.model, guide, problem.x, loss=loss, optimizer=optimizer, epochs=steps, seed=seed, progress=False)
+    fit(problem.model, guide, problem.x, loss=loss, optimizer=optimizer, epochs=recipe.steps, seed=seed, progress=False)
 
 
-def certify(name: str, recipe: Recipe, best: Best, *, seed: int, num_samples: int, effort: float = 1.0) -> Check:
+def certify(name: str, recipe: Recipe, best: Best, *, seed: int, num_samples: int) -> Check:
     """Build, train and measure.
 
     Args:
         best: the standards of the problem.
         num_samples: draws per datum.
-        effort: multiplies the number of SVI steps.
     """
     began, problem = time.perf_counter(), best.problem
     try:
@@ -113,7 +111,7 @@ def certify(name: str, recipe: Recipe, best: Best, *, seed: int, num_samples: in
     except NotCertified as reason:
         return Check(problem.name, name, "not certified", recipe.held_to, (str(reason),))
     try:
-        train(problem, recipe, guide, seed, effort)
+        train(problem, recipe, guide, seed)
     except TrainingDiverged as error:
         return Check(problem.name, name, "FAIL", recipe.held_to, (str(error),), seconds=time.perf_counter() - began)
     return measure(name, recipe, standard, guide, best, seed=seed, num_samples=num_samples, began=began)
@@ -130,15 +128,17 @@ def measure(
     draws = _draws(guide, problem, num_samples, recipe.calls, seed)
     if not torch.isfinite(draws).all():
         return Check(problem.name, name, "FAIL", recipe.held_to, ("draws that are not finite",))
+    khat = None
     if isinstance(standard, Law):
         found.update(_moments(draws, standard.mean, standard.covariance, rule))
     else:
         near = _nearest(draws, standard, recipe)
         if recipe.aim != "at least":
-            found.update(_moments(draws, *(part[near, _rows(problem)] for part in standard.moments), rule))
-    khat = None
-    if isinstance(standard, Candidates):
+            mean, covariance = (part[near, _rows(problem)] for part in standard.moments)
+            found.update(_moments(draws, mean, covariance, rule))
         weights = _weights(guide, problem, num_samples, recipe.calls, seed)
+        if not torch.isfinite(weights).all():
+            return Check(problem.name, name, "FAIL", recipe.held_to, ("importance weights that are not finite",))
         found["elbo"] = _elbo(weights, standard, near, best, recipe)
         flat = weights.flatten(0, 1)
         found["evidence"] = _evidence(flat, standard.members.pick(near), best, recipe, seed)
@@ -207,9 +207,7 @@ def _shifted(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return mean - target, se
 
 
-def _within(
-    error: Tensor, se: Tensor, below: float, above: float | Tensor | None = None, mark: str = ""
-) -> Error:
+def _within(error: Tensor, se: Tensor, below: float, above: float | Tensor | None = None, mark: str = "") -> Error:
     """The entry closest to its bounds, `-(4 se + below) <= error <= 4 se + above`."""
     above = below if above is None else above
     room = torch.where(error < 0, torch.as_tensor(below).to(error), torch.as_tensor(above).to(error))
@@ -244,22 +242,31 @@ def _evidence(weights: Tensor, own: Members, best: Best, recipe: Recipe, seed: i
     """IWAE less that of the standard's own weights, at plain draws and with as many of them.
 
     Importance weights of a Gaussian have no finite variance where the posterior's tails are heavier, and miss a mode
-    that no draw finds; the standard's share both. Its IWAE is taken many times: their spread is the standard error.
-    Above log p(x), which IWAE bounds from below, a guide's may not be at all.
+    that no draw finds; the standard's share both. Medians over blocks of draws are compared, because now and then one
+    weight outweighs a block, with the spread of the standard's blocks (between quartiles) for a standard error. Above
+    log p(x), which IWAE bounds from below, a guide's may not be at all.
     """
     problem, rule = best.problem, recipe.rule
     size = min(IWAE_DRAWS, len(weights))
     ours = iwae(weights, size)
     theirs = iwae(own.log_weights(problem.log_joint, _REPEATS * size, noise.mix(seed, -1) % 2**31)[:, 0], size)
-    error = ours.mean(0) - theirs.mean(0)
-    se = theirs.std(0) * math.sqrt(1 / len(ours) + 1 / len(theirs))
+    middle, spread = _median_and_spread(ours)
+    target, usual = _median_and_spread(theirs)
+    error, variance = middle - target, torch.maximum(spread, usual) ** 2 / len(ours) + usual**2 / len(theirs)
+    se = (math.pi / 2 * variance).sqrt()  # of medians
     pooled = evidence.summarize(weights)[1]
-    excess = _within(ours.mean(0) - problem.truth.log_evidence, pooled.se, math.inf, _ROUNDING)
+    excess = _within(middle - problem.truth.log_evidence, pooled.se, math.inf, _ROUNDING)
     if not excess.ok:
         return replace(excess, against="log p(x)")
     if recipe.aim == "at least":
         return _within(error, se, rule.elbo, math.inf, ">")
     return _within(error, se, rule.elbo)
+
+
+def _median_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the first dimension: the median, and the standard deviation that normal values with these quartiles have."""
+    low, middle, high = values.quantile(torch.tensor([0.25, 0.5, 0.75]).to(values), 0)
+    return middle, (high - low) / 1.349
 
 
 def iwae(weights: Tensor, size: int) -> Tensor:

@@ -33,7 +33,7 @@ __all__ = ["RECIPES", "SEARCHED", "Law", "Recipe", "Rule"]
 
 LONG = 500  # SVI steps for what is slow: a component that has lost its weight, vectors that all data share
 CHAIN, LEAPFROG = 8, 3  # steps of short runs, and leapfrog steps within one of HMC
-_PARTICLES = 512  # draws per datum and SVI step: noise is what keeps training from the optimum
+_DRAWS, _MANY_DRAWS = 512, 2048  # per datum and SVI step: noise is what keeps training from the optimum
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Rule:
     Attributes:
         mean: in standard deviations.
         covariance: of any entry, in units of sd_i * sd_j (twice the relative error of a standard deviation).
-        elbo: nats below the best member's. Above it by more than 4 standard errors is a fault, always.
+        elbo: nats below the best member's, for ELBO and IWAE. An ELBO above it by more than 4 standard errors is a
+            fault, always.
     """
 
     mean: float = 0.05
@@ -83,7 +84,7 @@ class Recipe:
     standard: Callable[[Best], Candidates | Law]
     held_to: str
     loss: Callable[[], Any] | None = None
-    steps: int = 200
+    steps: int = 250
     rate: float = 0.1
     rule: Rule = Rule()
     aim: Literal["best", "definition", "at least"] = "best"
@@ -93,12 +94,12 @@ class Recipe:
 
 def path() -> Any:
     """Path gradients: no noise where q is the posterior."""
-    return losses.ELBO("stl", num_particles=_PARTICLES)
+    return losses.ELBO("stl", num_particles=_MANY_DRAWS)
 
 
 def plain() -> Any:
     """One draw per component (mixtures), or plain draws with the density that a flow gives along with them."""
-    return losses.ELBO("stratified", num_particles=_PARTICLES)
+    return losses.ELBO("stratified", num_particles=_DRAWS)
 
 
 def _law(best: Best, *, from_guide: bool = False, num_leapfrog: int = 0) -> Law:

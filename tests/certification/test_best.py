@@ -201,3 +201,9 @@ def test_grid_law_is_the_closed_form_on_a_gaussian():
 def test_grid_law_refuses_steps_that_explode():
     with pytest.raises(ValueError, match="too long for the tails"):
         law.langevin_law(problems.Bimodal(), law.prior_start(problems.Bimodal()), 3, 0.25)
+
+
+def test_a_search_that_stops_short_is_no_standard(monkeypatch):
+    monkeypatch.setattr("pyrovae.certification.best.maximise", lambda objective, start, steps: start)
+    with pytest.raises(ValueError, match="stopped short of an optimum"):
+        _ = Best(problems.Bimodal()).diagonal
