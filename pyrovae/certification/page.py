@@ -134,8 +134,8 @@ against the exact law of the same number of steps, which is *not* the posterior.
 what is missing.
 
 Before each table of guides: what the standards themselves lack against the posterior, from the least to the most over
-data (ELBO and IWAE in nats, the latter a median of ten; the mean's error in the posterior's standard deviations, sd as a ratio to the posterior's).
-k-hat is the median and the largest over data; "exact": all weights are equal."""
+data (ELBO and IWAE in nats, the latter a median of ten; the mean's error in the posterior's standard deviations, sd as
+a ratio to the posterior's). k-hat is the median and the largest over data; "exact": all weights are equal."""
 
 
 def _tolerance(rule: Rule) -> str:
