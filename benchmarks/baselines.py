@@ -15,9 +15,20 @@ import torch.nn.functional as F
 from setting import Likelihood, Nets
 from torch import Tensor, nn
 
-__all__ = ["amortized", "log_joint", "refine", "semi_amortized", "vlae", "vlae_elbo", "vlae_posterior"]
+__all__ = [
+    "amortized",
+    "folded_jacobian",
+    "log_joint",
+    "published_jacobian",
+    "refine",
+    "semi_amortized",
+    "vlae",
+    "vlae_elbo",
+    "vlae_posterior",
+]
 
 Step = Callable[[Tensor], float]
+Jacobian = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -104,8 +115,19 @@ def semi_amortized(
     return step_on(loss, parts.parameters("bernoulli"), lr)
 
 
-def value_and_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """A ReLU decoder's output `[B, X]` and its Jacobian, transposed, `[B, D, X]`, by forward accumulation of masks."""
+def published_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    """A ReLU decoder's output `[B, X]` and its Jacobian, transposed: `[B, X, D]` by masks as in the released code."""
+    layers = [layer for layer in decoder.modules() if isinstance(layer, nn.Linear)]
+    hidden, jacobian = layers[0](z), layers[0].weight
+    for _, layer in pairwise(layers):
+        mask = (hidden > 0).to(hidden.dtype)
+        jacobian = layer.weight @ (jacobian * mask.unsqueeze(-1))
+        hidden = layer(hidden.relu())
+    return hidden, jacobian.mT
+
+
+def folded_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `[B, D, X]`: the batch folds into one matrix product a layer, which is faster."""
     layers = [layer for layer in decoder.modules() if isinstance(layer, nn.Linear)]
     hidden, jacobian = layers[0](z), layers[0].weight.T
     for _, layer in pairwise(layers):
@@ -116,45 +138,65 @@ def value_and_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vlae_posterior(
-    parts: Nets, x: Tensor, likelihood: Likelihood, num_steps: int, *, step_size: float = 0.5
+    parts: Nets,
+    x: Tensor,
+    likelihood: Likelihood,
+    num_steps: int,
+    jacobian: Jacobian = published_jacobian,
+    *,
+    step_size: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Park et al. (2019): T damped Newton updates from the encoder's mean; the mean `[B, D]` and the Cholesky factor of
     the precision `[B, D, D]`, with gradients through everything."""
     mu = parts.encoder(x).chunk(2, -1)[0]
     eye = torch.eye(mu.shape[-1], dtype=mu.dtype)
     for t in range(num_steps + 1):
-        output, jacobian = value_and_jacobian(parts.decoder, mu)
+        output, rows = jacobian(parts.decoder, mu)
         if likelihood == "gaussian":
             weight = 1 / parts.noise_scale.square()
-            precision = eye + weight * (jacobian @ jacobian.mT)
+            precision = eye + weight * (rows @ rows.mT)
             residual = weight * (x - output)
         else:
             p = output.sigmoid()
-            precision = eye + (jacobian * (p * (1 - p)).unsqueeze(1)) @ jacobian.mT
+            precision = eye + (rows * (p * (1 - p)).unsqueeze(1)) @ rows.mT
             residual = x - p
         factor = torch.linalg.cholesky(precision)
         if t == num_steps:
             break
-        gradient = (jacobian @ residual.unsqueeze(-1)).squeeze(-1) - mu
+        gradient = (rows @ residual.unsqueeze(-1)).squeeze(-1) - mu
         mu = mu + step_size / (t + 1) * torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     return mu, factor
 
 
-def vlae_elbo(parts: Nets, x: Tensor, eps: Tensor, likelihood: Likelihood, num_steps: int) -> Tensor:
+def vlae_elbo(
+    parts: Nets,
+    x: Tensor,
+    eps: Tensor,
+    likelihood: Likelihood,
+    num_steps: int,
+    jacobian: Jacobian = published_jacobian,
+) -> Tensor:
     """The one-sample ELBO of N(mu, (L L')^{-1}), all terms sampled, at u = mu + L'^{-1} eps; summed over the batch."""
-    mu, factor = vlae_posterior(parts, x, likelihood, num_steps)
+    mu, factor = vlae_posterior(parts, x, likelihood, num_steps, jacobian)
     z = mu + torch.linalg.solve_triangular(factor.mT, eps.unsqueeze(-1), upper=True).squeeze(-1)
     log_prior = -0.5 * (z.square() + LOG_2PI).sum()
     log_q = -0.5 * (eps.square() + LOG_2PI).sum() + factor.diagonal(dim1=-2, dim2=-1).log().sum()
     return log_likelihood(parts, z, x, likelihood) + log_prior - log_q
 
 
-def vlae(parts: Nets, likelihood: Likelihood, num_steps: int = 4, *, lr: float = 5e-4) -> Step:
+def vlae(
+    parts: Nets,
+    likelihood: Likelihood,
+    num_steps: int = 4,
+    jacobian: Jacobian = published_jacobian,
+    *,
+    lr: float = 5e-4,
+) -> Step:
     """A variational Laplace autoencoder's training step."""
 
     def loss(x: Tensor) -> Tensor:
         eps = torch.randn(len(x), parts.decoder.trunk[0].in_features)
-        return -vlae_elbo(parts, x, eps, likelihood, num_steps)
+        return -vlae_elbo(parts, x, eps, likelihood, num_steps, jacobian)
 
     return step_on(loss, parts.parameters(likelihood), lr)
 

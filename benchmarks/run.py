@@ -1,7 +1,11 @@
-"""All speed lines in one table (`make bench`): ratios against a named baseline, measured side by side in this run."""
+"""All speed lines in one table (`make bench`): ratios against a named baseline, measured side by side in this run.
+
+After it the check that the speed of `Laplace` costs no quality, which trains for some minutes (`quality.py`).
+"""
 
 from __future__ import annotations
 
+import quality
 import speed_amortized
 import speed_draws
 import speed_laplace
@@ -20,6 +24,7 @@ def main() -> None:
     for part in PARTS:
         found += part.lines(options)
     show(found, "batch 128, 784-500-500-50 ReLU nets where no other size is stated; milliseconds, medians")
+    quality.check(threads=options.threads or 2)
 
 
 if __name__ == "__main__":

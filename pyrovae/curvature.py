@@ -12,15 +12,15 @@ J' F J *is* the Hessian almost everywhere; otherwise it is Gauss-Newton, and pos
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributions as td
 
 from pyrovae.fisher import FisherBlock, fisher, innermost
+from pyrovae.heads import Trunks, contract, gram, linear_head
 from pyrovae.latents import LogJoint
-from pyrovae.products import hessian, jacobian, negative_hessian, sandwich
+from pyrovae.products import hessian, jacobian, negative_hessian, negative_hessians, sandwich, sandwiches
 from pyrovae.sitewise import Run, Site, Treatment, run_at, treatment
 
 __all__ = ["Curvature", "Expansion", "Operator", "floor_eigenvalues"]
@@ -53,9 +53,7 @@ class Operator(NamedTuple):
 class Curvature:
     """Expansions of one batch's log-joint.
 
-    Uses the model's `linear_head(site) -> (trunk, weight)` where it defines one: the site's parameter is then
-    `trunk(u) @ weight.T + bias`, so only the trunk is differentiated, and where all rows share one diagonal F the Gram
-    matrix weight' F weight `[H, H]` takes the place of Jacobians with one row per pixel.
+    Uses the model's `linear_head` where it defines one (`pyrovae.heads`).
 
     Args:
         log_joint: of the batch.
@@ -69,7 +67,7 @@ class Curvature:
     ) -> None:
         self.log_joint, self.space, self.beta, self.floor = log_joint, log_joint.space, beta, floor
         self.hessian = hessian
-        self._grams: dict[str, Tensor] = {}  # without gradient, for products: the parameters stand still meanwhile
+        self._trunks: Trunks | None = None  # found by `operator`: what the parameters are must not change meanwhile
 
     def at(self, u: Tensor, *, create_graph: bool = False) -> Expansion:
         """The expansion at `u: [B, D]`; with `create_graph` everything in it can be differentiated."""
@@ -77,47 +75,60 @@ class Curvature:
             point = u if create_graph and u.requires_grad else u.detach().requires_grad_()
             value, run = self._value(point)
             (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=create_graph, retain_graph=True)
-        precision, floored = self._precision(run, point, create_graph)
+        precision, floored = self._precision(value, run, point, create_graph)
         if not create_graph:
             value, gradient = value.detach(), gradient.detach()
         return Expansion(value, gradient, precision, floored)
 
-    def precision(self, u: Tensor, *, create_graph: bool = False, num_probes: int = 0) -> tuple[Tensor, Tensor]:
-        """Lambda(u), `[B, D, D]`, and where it was floored, `[B]`.
-
-        Args:
-            create_graph: the result can be differentiated (with respect to `u` too where `u` requires it).
-            num_probes: 0 differentiates exactly. P > 0 makes the gradient an unbiased estimate from P random probes:
-                with Lambda = L L' held constant, dLambda = E[L (L^{-1} dLambda L^{-T} r) r' L'], r random signs. The
-                value stays exact.
-        """
+    def precision(self, u: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """Lambda(u), `[B, D, D]`, and where it was floored, `[B]`; with `create_graph` it can be differentiated (with
+        respect to `u` too where `u` requires it)."""
+        if self._trunks is not None and not create_graph:
+            return floor_eigenvalues(self._trunks.matrix(u), self.floor)
         with torch.enable_grad():
             point = u if create_graph and u.requires_grad else u.detach().requires_grad_()
-            run = None if self.space.enumerated else run_at(self.log_joint, point)
-        if not create_graph or not num_probes or run is None:
-            return self._precision(run, point, create_graph)
-        value, floored = self._precision(run, point, create_graph=False)
-        with torch.enable_grad():
-            return value + self._probed(run, point, value, num_probes), floored
+            value, run = self._value(point)
+        return self._precision(value, run, point, create_graph)
 
-    def operator(self, u: Tensor) -> Operator:
-        """Value, gradient and products with Lambda at `u: [B, D]`, for iterative solvers: no matrix is formed."""
+    def products(self, u: Tensor) -> Callable[[Tensor], Tensor]:
+        """p -> Lambda(u) p for every p of `[T, B, D]`, not floored; can be differentiated, as `precision` can."""
+        with torch.enable_grad():
+            point = u if u.requires_grad else u.detach().requires_grad_()
+            value, run = self._value(point)
+            terms: list[Callable[[Tensor], Tensor]] = []
+            if run is None:
+                terms.append(negative_hessians(value.sum(), point))
+            else:
+                sorted_sites = self._treatment(run, point)
+                diagonal = self._closed(sorted_sites, run, point)
+                terms.append(lambda p: diagonal * p)
+                for name, parameters in sorted_sites.moving.items():
+                    terms += self._sandwiches(run.sites_seen[name], parameters, point, sandwiches)
+                if sorted_sites.hessian:
+                    terms.append(negative_hessians(self._total(run, sorted_sites.hessian), point))
+
+        def product(p: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return torch.stack([term(p) for term in terms]).sum(0)
+
+        return product
+
+    def operator(self, u: Tensor, objective: Callable[..., Tensor] | None = None) -> Operator:
+        """Value, gradient and products with Lambda at `u: [B, D]`, for iterative solvers: no matrix is formed.
+
+        Args:
+            objective: the log-joint `(u, beta) -> [B]` in a faster form, for where a run of the model has no more to
+                give.
+        """
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            value, run = self._value(leaf)
-            parts: list[Callable[[Tensor], Tensor]] = []
-            if run is None:
-                parts.append(negative_hessian(value.sum(), leaf))
+            if self._trunks is not None and objective is not None:
+                value, terms = objective(leaf, self.beta), self._trunks.products(leaf)
             else:
-                sorted_sites = self._treatment(run, leaf)
-                diagonal = self._closed(sorted_sites, run, leaf).detach()
-                parts.append(lambda p: diagonal * p)
-                for name, parameters in sorted_sites.moving.items():
-                    parts.append(self._gauss_newton_product(run.sites_seen[name], parameters, leaf))
-                if sorted_sites.hessian:
-                    parts.append(negative_hessian(self._total(run, sorted_sites.hessian), leaf))
+                value, run = self._value(leaf)
+                terms = self._products(value, run, leaf)
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
-        return Operator(value.detach(), gradient, lambda p: torch.stack([part(p) for part in parts]).sum(0))
+        return Operator(value.detach(), gradient, lambda p: torch.stack([term(p) for term in terms]).sum(0))
 
     def _value(self, u: Tensor) -> tuple[Tensor, Run | None]:
         if self.space.enumerated:  # sites are mixed by the sum over discrete latents: the whole Hessian
@@ -130,21 +141,21 @@ class Curvature:
         found = treatment(self.space, run, u)
         return Treatment({}, found.closed, found.hessian + tuple(found.moving)) if self.hessian else found
 
-    def _precision(self, run: Run | None, u: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
-        sorted_sites = None if run is None else self._treatment(run, u)
-        with torch.set_grad_enabled(create_graph):
-            if run is None or sorted_sites is None:
-                precision = -hessian(lambda at: self.log_joint(at, self.beta).sum(), u)
+    def _precision(self, value: Tensor, run: Run | None, u: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            if run is None:
+                precision = -hessian(value.sum(), u, create_graph=create_graph)
             else:
+                sorted_sites = self._treatment(run, u)
                 precision = torch.diag_embed(self._closed(sorted_sites, run, u))
                 for name, parameters in sorted_sites.moving.items():
-                    precision = precision + self._gauss_newton(run.sites_seen[name], parameters, u)
+                    seen = run.sites_seen[name]
+                    precision = precision + self._gauss_newton(seen, parameters, u, create_graph)
                 if sorted_sites.hessian:
-                    names = sorted_sites.hessian
-                    precision = precision - hessian(lambda at: self._total(run_at(self.log_joint, at), names), u)
-            if not create_graph:
-                precision = precision.detach()
-            return floor_eigenvalues(precision, self.floor)
+                    total = self._total(run, sorted_sites.hessian)
+                    precision = precision - hessian(total, u, create_graph=create_graph)
+        with torch.set_grad_enabled(create_graph):
+            return floor_eigenvalues(precision if create_graph else precision.detach(), self.floor)
 
     def _closed(self, sorted_sites: Treatment, run: Run, u: Tensor) -> Tensor:
         """Prior precision of latent Normals, `[B, D]`."""
@@ -166,23 +177,28 @@ class Curvature:
 
     # J' F J as a matrix
 
-    def _gauss_newton(self, seen: Site, parameters: tuple[str, ...], u: Tensor) -> Tensor:
+    def _gauss_newton(self, seen: Site, parameters: tuple[str, ...], u: Tensor, create_graph: bool) -> Tensor:
         blocks = _blocks(seen)
-        head = self._head(seen, parameters, blocks, u)
-        if head is not None:
-            trunk, weight = head
-            (hidden,) = jacobian(lambda point: (trunk(point),), u)
-            gram = self._gram(seen, parameters, weight)
-            if gram is not None:
-                return _contract(hidden @ gram, hidden)
-            columns = {parameters[0]: (hidden @ weight.T).reshape(-1, *blocks[parameters[0]].parameter.shape)}
-        else:
-            columns = self._traced_jacobian(seen.name, parameters, u)
-        total = u.new_zeros(*u.shape, u.shape[-1])
-        for name in parameters:
-            product = seen.weigh(blocks[name].product(columns[name]), lead=1)
-            total = total + _contract(self._by_row(seen, columns[name]), self._by_row(seen, product))
-        return total
+        head = linear_head(self.log_joint, seen, parameters, u)
+        with torch.set_grad_enabled(create_graph):
+            if head is not None:
+                with torch.enable_grad():
+                    features = head.trunk(u)
+                hidden = jacobian(features, u, create_graph=create_graph)
+                middle = gram(seen, parameters, head.weight)
+                if middle is not None:
+                    return contract(hidden @ middle, hidden)
+                whole = hidden @ head.weight.T
+                columns = {parameters[0]: whole.reshape(-1, *blocks[parameters[0]].parameter.shape)}
+            else:
+                columns = {
+                    name: jacobian(blocks[name].parameter, u, create_graph=create_graph) for name in parameters
+                }
+            total = u.new_zeros(*u.shape, u.shape[-1])
+            for name in parameters:
+                product = seen.weigh(blocks[name].product(columns[name]), lead=1)
+                total = total + contract(self._by_row(seen, columns[name]), self._by_row(seen, product))
+            return total
 
     def _by_row(self, seen: Site, columns: Tensor) -> Tensor:
         """`[D, *batch, *event]` to `[D, B, K]`."""
@@ -191,109 +207,51 @@ class Curvature:
         rows = len(seen.fn.batch_shape)  # dim 0 counts tangents, so the data plate's dim has this index
         return columns.movedim(rows, 1).flatten(2) if columns.dim() > 2 else columns.unsqueeze(-1)
 
-    def _traced_jacobian(
-        self, name: str, parameters: tuple[str, ...], u: Tensor, tangents: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        def site_parameters(point: Tensor) -> tuple[Tensor, ...]:
-            blocks = _blocks(run_at(self.log_joint, point, only=(name,)).sites_seen[name])
-            return tuple(blocks[parameter].parameter for parameter in parameters)
-
-        return dict(zip(parameters, jacobian(site_parameters, u, tangents), strict=True))
-
     # J' F J as a product
 
-    def _gauss_newton_product(
-        self, seen: Site, parameters: tuple[str, ...], leaf: Tensor
-    ) -> Callable[[Tensor], Tensor]:
+    def _products(self, value: Tensor, run: Run | None, leaf: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Terms of p -> Lambda p."""
+        if run is None:
+            return [negative_hessian(value.sum(), leaf)]
+        sorted_sites = self._treatment(run, leaf)
+        self._trunks = self._find_trunks(sorted_sites, run, leaf)
+        if self._trunks is not None:
+            return self._trunks.products(leaf)
+        diagonal = self._closed(sorted_sites, run, leaf).detach()
+        terms: list[Callable[[Tensor], Tensor]] = [lambda p: diagonal * p]
+        for name, parameters in sorted_sites.moving.items():
+            terms += self._sandwiches(run.sites_seen[name], parameters, leaf, sandwich)
+        if sorted_sites.hessian:
+            terms.append(negative_hessian(self._total(run, sorted_sites.hessian), leaf))
+        return terms
+
+    def _sandwiches(
+        self, seen: Site, parameters: tuple[str, ...], u: Tensor, form: Callable[..., Callable[[Tensor], Tensor]]
+    ) -> list[Callable[[Tensor], Tensor]]:
         blocks = _blocks(seen)
-        head = self._head(seen, parameters, blocks, leaf)
-        if head is not None and seen.name not in self._grams:
-            gram = self._gram(seen, parameters, head[1])
-            if gram is not None:
-                self._grams[seen.name] = gram.detach()
-        if head is not None and seen.name in self._grams:
-            fixed = self._grams[seen.name]
-            return sandwich(head[0](leaf), leaf, lambda tangent: tangent @ fixed)
+        head = linear_head(self.log_joint, seen, parameters, u)
+        middle = None if head is None else gram(seen, parameters, head.weight)
+        if head is not None and middle is not None:
+            return [form(head.trunk(u), u, lambda tangent: tangent @ middle)]
 
         def weighed(name: str) -> Callable[[Tensor], Tensor]:
-            return lambda tangent: seen.weigh(blocks[name].product(tangent)).detach()
+            batch = blocks[name].parameter.dim()
+            return lambda tangent: seen.weigh(blocks[name].product(tangent), lead=tangent.dim() - batch)
 
-        products = [sandwich(blocks[name].parameter, leaf, weighed(name)) for name in parameters]
-        return lambda p: torch.stack([product(p) for product in products]).sum(0)
+        return [form(blocks[name].parameter, u, weighed(name)) for name in parameters]
 
-    def _probed(self, run: Run, u: Tensor, value: Tensor, num_probes: int) -> Tensor:
-        """Zero `[B, D, D]` whose gradient is that of Lambda in expectation over random signs."""
-        sorted_sites = self._treatment(run, u)
-        factor = torch.linalg.cholesky(value)
-        signs = torch.randint(0, 2, (num_probes, *u.shape), device=u.device).to(u.dtype) * 2 - 1
-        probes = torch.linalg.solve_triangular(factor.mT, signs.unsqueeze(-1), upper=True).squeeze(-1)
-        product = self._closed(sorted_sites, run, u) * probes
+    def _find_trunks(self, sorted_sites: Treatment, run: Run, leaf: Tensor) -> Trunks | None:
+        parts = []
         for name, parameters in sorted_sites.moving.items():
             seen = run.sites_seen[name]
-            blocks = _blocks(seen)
-            tangents = self._traced_jacobian(name, parameters, u, probes)
-            for parameter in parameters:
-                weighed = seen.weigh(blocks[parameter].product(tangents[parameter]), lead=1)
-                product = product + torch.stack([
-                    torch.autograd.grad(blocks[parameter].parameter, u, one, create_graph=True)[0] for one in weighed
-                ])  # fmt: skip
-        if sorted_sites.hessian:
-            (slope,) = torch.autograd.grad(self._total(run, sorted_sites.hessian), u, create_graph=True)
-            product = product - torch.stack([
-                torch.autograd.grad(slope, u, probe, create_graph=True)[0] for probe in probes
-            ])  # fmt: skip
-        moved = torch.linalg.solve_triangular(factor, (product - product.detach()).unsqueeze(-1), upper=False)
-        inner = (moved * signs.unsqueeze(-2)).mean(0)
-        return 0.5 * factor @ (inner + inner.mT) @ factor.mT
-
-    # the linear head of a decoder
-
-    def _gram(self, seen: Site, parameters: tuple[str, ...], weight: Tensor) -> Tensor | None:
-        """weight' F weight, where every row has the same diagonal F by construction: a normal site's location whose
-        scale is expanded along the rows, without mask."""
-        fn = innermost(seen.fn)
-        plain = seen.mask is None and not isinstance(seen.weight, Tensor) and not seen.inner_masks()
-        if not plain or not isinstance(fn, td.Normal) or parameters != ("loc",) or self.space.plate is None:
+            head = linear_head(self.log_joint, seen, parameters, leaf)
+            middle = None if head is None else gram(seen, parameters, head.weight)
+            if head is None or middle is None:
+                return None
+            parts.append((head.trunk, middle.detach()))
+        if sorted_sites.hessian or not parts:
             return None
-        scale = fn.scale
-        if len(seen.fn.batch_shape) != 1 or (scale.shape[0] > 1 and scale.stride(0) != 0):
-            return None
-        root = weight / scale[0].reshape(-1, 1)
-        return seen.weight * (root.T @ root)
-
-    def _head(
-        self, seen: Site, parameters: tuple[str, ...], blocks: dict[str, FisherBlock], u: Tensor
-    ) -> tuple[Callable[[Tensor], Tensor], Tensor] | None:
-        protocol = getattr(self.space.model, "linear_head", None)
-        head = protocol(seen.name) if protocol is not None and len(parameters) == 1 else None
-        if head is not None:
-            trunk, weight = head
-            self._verify_head(seen.name, parameters[0], trunk, weight, blocks, u)
-        return head
-
-    def _verify_head(
-        self, name: str, parameter: str, trunk: Any, weight: Tensor, blocks: dict[str, FisherBlock], u: Tensor
-    ) -> None:
-        """Once per parameter version: trunk(u) @ weight.T must differ from the site's parameter by a constant."""
-        model = self.space.model
-        tensors = [weight, *(model.parameters() if isinstance(model, torch.nn.Module) else ())]
-        version = tuple((id(tensor), tensor._version) for tensor in tensors)
-        verified = self.space.__dict__.setdefault("_verified_heads", {})
-        if verified.get(name) == version:
-            return
-        with torch.no_grad():
-            rest = [blocks[parameter].parameter.flatten(1) - trunk(u) @ weight.T]
-            if (u - u[:1]).abs().max() < 0.1:  # a constant shows in different rows only
-                other = _blocks(run_at(self.log_joint, u + 0.5, only=(name,)).sites_seen[name])
-                rest.append(other[parameter].parameter.flatten(1) - trunk(u + 0.5) @ weight.T)
-            bias = torch.cat(rest)
-            size = 1 + bias.abs().max()
-        if not (bias - bias[:1]).abs().max() <= 1e-5 * size * (1 + weight.abs().max()):
-            raise ValueError(
-                f"{type(model).__name__}.linear_head({name!r}) does not reproduce the site's {parameter}: "
-                "trunk(u) @ weight.T + bias must equal it, so correct the method or return None"
-            )
-        verified[name] = version
+        return Trunks(self._closed(sorted_sites, run, leaf).detach(), tuple(parts))
 
 
 def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -321,11 +279,6 @@ def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         lift = torch.where(floored[:, None], torch.maximum(size, least) - values, torch.zeros_like(values))
         correction = (vectors * lift.unsqueeze(-2)) @ vectors.mT
     return symmetric + correction, floored
-
-
-def _contract(first: Tensor, second: Tensor) -> Tensor:
-    """sum_k first[d, b, k] second[e, b, k], `[B, D, D]`."""
-    return first.movedim(0, 1) @ second.movedim(0, 1).mT
 
 
 def _blocks(seen: Site) -> dict[str, FisherBlock]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pyrovae.curvature import Curvature, Expansion
 
-__all__ = ["conjugate_gradient", "covariance_factor", "find_mode", "newton_step"]
+__all__ = ["conjugate_gradient", "find_mode", "newton_step"]
 
-_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)
+_TRIALS = 5  # step lengths at most
 _FORCING = 0.1  # no Newton system is solved worse than to this share of its gradient
 _ARMIJO = 1e-4  # share of the promised rise that a step must bring
 
@@ -43,7 +43,7 @@ def find_mode(
     moving = torch.ones(len(u), dtype=torch.bool, device=u.device)
     before = None
     for _ in range(num_steps):
-        here = curvature.operator(u)
+        here = curvature.operator(u, objective)
         size = here.gradient.norm(dim=-1)
         # As exact as the last step was good: cheap far away, quadratic convergence near the mode.
         forcing = torch.full_like(size, _FORCING) if before is None else (size / before).square().clamp(max=_FORCING)
@@ -62,18 +62,22 @@ def find_mode(
 def _backtrack(
     objective: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, value: Tensor, slope: Tensor, moving: Tensor
 ) -> Tensor:
-    """The first of the step lengths that raises each datum's objective enough, `[B]`; 0 where none does."""
-    length = torch.zeros_like(value)
+    """Step lengths that raise each datum's objective enough, `[B]`: 1, or where that fails the top of the parabola
+    through what has been seen; 0 where no trial was good enough."""
+    length = torch.ones_like(value)
+    found = torch.zeros_like(value)
     searching = moving
     slack = 10 * torch.finfo(value.dtype).eps * value.abs()  # a rise below rounding error cannot be seen
-    for candidate in _LENGTHS:
-        trial = objective(u + candidate * torch.where(searching.unsqueeze(-1), step, torch.zeros_like(step)))
-        enough = searching & (trial >= value + _ARMIJO * candidate * slope - slack)
-        length = torch.where(enough, candidate, length)
+    for _ in range(_TRIALS):
+        rise = objective(u + torch.where(searching, length, 0.0).unsqueeze(-1) * step) - value
+        enough = searching & (rise >= _ARMIJO * length * slope - slack)
+        found = torch.where(enough, length, found)
         searching = searching & ~enough
         if not searching.any():
             break
-    return length
+        top = 0.5 * slope * length / (slope - rise / length)  # NaN where the rise is: then a tenth
+        length = torch.maximum(torch.minimum(top.nan_to_num(nan=0.0), 0.5 * length), 0.1 * length)
+    return found
 
 
 def conjugate_gradient(
@@ -129,13 +133,3 @@ def newton_step(here: Expansion) -> Tensor:
     """Lambda^{-1} gradient, `[B, D]`."""
     factor = torch.linalg.cholesky(here.precision)
     return torch.cholesky_solve(here.gradient.unsqueeze(-1), factor).squeeze(-1)
-
-
-def covariance_factor(precision: Tensor) -> Tensor:
-    """Cholesky factor of the covariance from the precision, without forming an inverse.
-
-    With J the exchange matrix, J P J = L L' gives P^{-1} = A A' for the lower-triangular A = (J L' J)^{-1}.
-    """
-    flipped = torch.linalg.cholesky(precision.flip(-2, -1))
-    lower = flipped.flip(-2, -1).mT
-    return torch.linalg.solve_triangular(lower, torch.eye(lower.shape[-1]).to(lower).expand_as(lower), upper=False)

@@ -28,7 +28,7 @@ class Site:
 
     def __init__(self, msg: dict[str, Any], plate: str | None) -> None:
         self.name, self.fn, self.value = msg["name"], msg["fn"], msg["value"]
-        self.mask = msg["mask"]
+        self.mask, self.plate = msg["mask"], plate
         self.weight: Any = msg["scale"]
         for frame in msg["cond_indep_stack"]:
             if frame.name == plate:

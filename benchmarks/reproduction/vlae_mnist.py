@@ -7,7 +7,7 @@ from torch import nn
 from pyrovae import flows, guides
 from reproduction.experiment import Arm, Experiment, Preset, Setup, published_start
 
-__all__ = ["EXPERIMENT", "amortized", "damped", "laplace", "probed"]
+__all__ = ["EXPERIMENT", "amortized", "damped", "laplace"]
 
 
 def amortized(parts: Setup) -> guides.Amortized:
@@ -15,13 +15,8 @@ def amortized(parts: Setup) -> guides.Amortized:
 
 
 def laplace(parts: Setup) -> guides.Laplace:
-    """Newton-CG to the mode, differentiated implicitly; the covariance exactly."""
+    """Newton-CG to the mode, differentiated implicitly; the covariance for a share of each batch."""
     return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4)
-
-
-def probed(parts: Setup) -> guides.Laplace:
-    """The same with the covariance's gradient by one probe."""
-    return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4, num_probes=1)
 
 
 def damped(parts: Setup) -> guides.Laplace:

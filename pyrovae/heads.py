@@ -1,0 +1,127 @@
+"""Sites whose parameter is linear in the last features of a net: eta = trunk(u) W' + bias.
+
+A model says so with `linear_head(site) -> (trunk, W)`. Only the trunk has to be differentiated then, and where all rows
+share one diagonal Fisher information F the Gram matrix W' F W `[H, H]` takes the place of Jacobians with a row for
+every pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from pyrovae.fisher import fisher, innermost
+from pyrovae.latents import LogJoint
+from pyrovae.products import jacobian, sandwich
+from pyrovae.sitewise import Site, run_at
+
+__all__ = ["Head", "Trunks", "contract", "gram", "linear_head"]
+
+_PIECE = 32  # data whose Jacobians are formed at once: larger pieces leave the cache
+
+
+class Head(NamedTuple):
+    """A net from `u: [B, D]` to features `[B, H]`, and the weight `[K, H]` of the layer after it."""
+
+    trunk: Callable[[Tensor], Tensor]
+    weight: Tensor
+
+
+class Trunks(NamedTuple):
+    """A curvature in which nothing but the Jacobians J of trunks depends on u: Lambda = diag(d) + sum of J' G J.
+
+    Attributes:
+        diagonal: d, `[B, D]`.
+        parts: pairs of trunk and G `[H, H]`, without gradient.
+    """
+
+    diagonal: Tensor
+    parts: tuple[tuple[Callable[[Tensor], Tensor], Tensor], ...]
+
+    def products(self, leaf: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Terms of p -> Lambda p at `leaf`, which requires a gradient."""
+        terms: list[Callable[[Tensor], Tensor]] = [lambda p: self.diagonal * p]
+        for trunk, middle in self.parts:
+            terms.append(sandwich(trunk(leaf), leaf, lambda tangent, middle=middle: tangent @ middle))
+        return terms
+
+    def matrix(self, u: Tensor) -> Tensor:
+        """Lambda, `[B, D, D]`."""
+        pieces = []
+        for some in u.detach().split(_PIECE):
+            total = u.new_zeros(())
+            for trunk, middle in self.parts:
+                with torch.enable_grad():
+                    leaf = some.clone().requires_grad_()
+                    features = trunk(leaf)
+                hidden = jacobian(features, leaf)
+                with torch.no_grad():
+                    total = total + contract(hidden @ middle, hidden)
+            pieces.append(total)
+        return torch.diag_embed(self.diagonal) + torch.cat(pieces)
+
+
+def contract(first: Tensor, second: Tensor) -> Tensor:
+    """sum_k first[d, b, k] second[e, b, k], `[B, D, D]`."""
+    return first.movedim(0, 1) @ second.movedim(0, 1).mT
+
+
+def linear_head(bound: LogJoint, seen: Site, parameters: tuple[str, ...], u: Tensor) -> Head | None:
+    """The head of a site, verified; None where the model names none.
+
+    Raises:
+        ValueError: trunk and weight do not reproduce the site's parameter.
+    """
+    protocol = getattr(bound.space.model, "linear_head", None)
+    found = protocol(seen.name) if protocol is not None and len(parameters) == 1 else None
+    if found is None:
+        return None
+    head = Head(*found)
+    _verify(bound, seen, parameters[0], head, u)
+    return head
+
+
+def gram(seen: Site, parameters: tuple[str, ...], weight: Tensor) -> Tensor | None:
+    """W' F W, where every row has the same diagonal F by construction: a normal site's location whose scale is expanded
+    along the rows, without mask."""
+    fn = innermost(seen.fn)
+    plain = seen.mask is None and not isinstance(seen.weight, Tensor) and not seen.inner_masks()
+    if not plain or not isinstance(fn, td.Normal) or parameters != ("loc",) or seen.plate is None:
+        return None
+    scale = fn.scale
+    if len(seen.fn.batch_shape) != 1 or (scale.shape[0] > 1 and scale.stride(0) != 0):
+        return None
+    root = weight / scale[0].reshape(-1, 1)
+    return seen.weight * (root.T @ root)
+
+
+def _verify(bound: LogJoint, seen: Site, parameter: str, head: Head, u: Tensor) -> None:
+    """Once per parameter version: trunk(u) @ weight.T must differ from the site's parameter by a constant."""
+    model = bound.space.model
+    tensors = [head.weight, *(model.parameters() if isinstance(model, torch.nn.Module) else ())]
+    version = tuple((id(tensor), tensor._version) for tensor in tensors)
+    verified = bound.space.__dict__.setdefault("_verified_heads", {})
+    if verified.get(seen.name) == version:
+        return
+
+    def rest(site: Site, at: Tensor) -> Tensor:
+        blocks = fisher(site.fn)
+        assert blocks is not None
+        return blocks[parameter].parameter.flatten(1) - head.trunk(at) @ head.weight.T
+
+    with torch.no_grad():
+        found = [rest(seen, u)]
+        if (u - u[:1]).abs().max() < 0.1:  # a constant shows in different rows only
+            found.append(rest(run_at(bound, u + 0.5, only=(seen.name,)).sites_seen[seen.name], u + 0.5))
+        bias = torch.cat(found)
+        size = 1 + bias.abs().max()
+    if not (bias - bias[:1]).abs().max() <= 1e-5 * size * (1 + head.weight.abs().max()):
+        raise ValueError(
+            f"{type(model).__name__}.linear_head({seen.name!r}) does not reproduce the site's {parameter}: "
+            "trunk(u) @ weight.T + bias must equal it, so correct the method or return None"
+        )
+    verified[seen.name] = version
