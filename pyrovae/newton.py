@@ -17,7 +17,7 @@ from pyrovae.curvature import Curvature, Expansion
 
 __all__ = ["conjugate_gradient", "find_mode", "newton_step"]
 
-_TRIALS = 5  # step lengths at most
+_TRIALS = 3  # step lengths at most
 _FORCING = 0.1  # no Newton system is solved worse than to this share of its gradient
 _ARMIJO = 1e-4  # share of the promised rise that a step must bring
 

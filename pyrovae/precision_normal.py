@@ -46,8 +46,12 @@ class PrecisionNormal(TorchDistribution):
         self.loc, self.precision_matrix = loc, precision.detach()
         self.products, self.num_probes = products, num_probes
         self.scale_tril = covariance_factor(self.precision_matrix)
-        self._drawn: tuple[Tensor, Tensor] | None = None  # the last draws, and the change of Lambda at them
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None  # the last draws, and `_changes` there
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> TorchDistribution:
+        same = torch.Size(batch_shape) == self.batch_shape
+        return self if same else super().expand(batch_shape, _instance)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.loc.shape
@@ -58,9 +62,9 @@ class PrecisionNormal(TorchDistribution):
         away = _times(self.scale_tril, eps)
         if not torch.is_grad_enabled():
             return self.loc + away
-        change = self._change(away)
+        change, trace = self._changes(away)
         u = self.loc + away - 0.5 * _times(self.scale_tril, _times(self.scale_tril.mT, change))
-        self._drawn = u, change
+        self._drawn = u, change, trace
         return u
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -70,22 +74,21 @@ class PrecisionNormal(TorchDistribution):
         square = (still * ahead).sum(-1)
         log_det = -2 * self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if torch.is_grad_enabled():
-            signs = torch.randint(0, 2, (self.num_probes, *self.loc.shape), device=away.device).to(away.dtype) * 2 - 1
-            probes = _times(self.scale_tril, signs)
-            if self._drawn is not None and self._drawn[0] is value:
-                change, at_probes = self._drawn[1], self._change(probes)
-            else:
-                flat = still.reshape(-1, *self.loc.shape)
-                both = self._change(torch.cat([flat, probes]))
-                change, at_probes = both[: len(flat)].view_as(still), both[len(flat) :]
+            drawn = self._drawn
+            change, trace = drawn[1:] if drawn is not None and drawn[0] is value else self._changes(still)
             square = square + (still * change).sum(-1) + 2 * (ahead * (away - still)).sum(-1)
-            log_det = log_det + (probes * at_probes).sum(-1).mean(0)
+            log_det = log_det + trace
         return 0.5 * (log_det - square - away.shape[-1] * math.log(2 * math.pi))
 
-    def _change(self, vectors: Tensor) -> Tensor:
-        """dLambda p for every p of `[*shape, B, D]`: zero in value."""
-        found = self.products(vectors.reshape(-1, *self.loc.shape)).view_as(vectors)
-        return found - found.detach()
+    def _changes(self, away: Tensor) -> tuple[Tensor, Tensor]:
+        """dLambda s for every s of `[*shape, B, D]`, and an estimate of d log|Lambda| `[B]`: both zero in value."""
+        signs = torch.randint(0, 2, (self.num_probes, *self.loc.shape), device=away.device).to(away.dtype) * 2 - 1
+        probes = _times(self.scale_tril, signs)
+        vectors = torch.cat([away.reshape(-1, *self.loc.shape), probes])
+        found = self.products(vectors)
+        change = found - found.detach()
+        number = len(vectors) - self.num_probes
+        return change[:number].view_as(away), (probes * change[number:]).sum(-1).mean(0)
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -149,14 +149,15 @@ def recorded(bound: LogJoint, u: Tensor) -> Density:
            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))  # fmt: skip
     watch = _Parameters()
     with torch.no_grad(), preserve_rng(), watch:
-        torch.manual_seed(0)  # a program that draws (dropout) must draw the same for both
+        _reseed(u)  # a program that draws (dropout) must draw the same for both
         expected = bound.terms(u)
     found = cache.pop(key, None)
     if found is not None:
         recording, parameters = found
-        if recording is None or (parameters == watch.seen and _agrees(recording.at(*tensors), u, expected)):
+        at = None if recording is None else recording.at(*tensors)
+        if at is None or (parameters == watch.seen and _agrees(at, u, expected)):
             cache[key] = found
-            return bound if recording is None else _density(recording.at(*tensors))
+            return bound if at is None else _density(at)
 
     def program(point: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
         return bound.at_rows(rebuild(leaves)).terms(point)
@@ -186,7 +187,7 @@ def _try(
             for scale in (0.0, 0.1, 1.0, 3.0):
                 shift = torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device)
                 point = u.detach() + scale * shift
-                torch.manual_seed(0)
+                _reseed(u)
                 if not _agrees(at, point, bound.terms(point)):
                     break
             else:
@@ -209,10 +210,17 @@ def _density(at: Callable[[Tensor], tuple[Tensor, ...]]) -> Density:
 def _agrees(at: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, expected: Sequence[Tensor]) -> bool:
     """Whether the graph gives the program's values."""
     with torch.no_grad(), preserve_rng():
-        torch.manual_seed(0)
+        _reseed(u)
         ours = at(u.detach())
     near = 1e-9 if u.dtype == torch.float64 else 1e-4
     return all(torch.allclose(a, b, rtol=near, atol=near, equal_nan=True) for a, b in zip(ours, expected, strict=True))
+
+
+def _reseed(u: Tensor) -> None:
+    """`torch.manual_seed(0)` of the device at hand alone: in full it costs as much as a small model."""
+    torch.default_generator.manual_seed(0)
+    if u.is_cuda:
+        torch.cuda.manual_seed(0)
 
 
 class _Parameters(Messenger):

@@ -15,7 +15,7 @@ def amortized(parts: Setup) -> guides.Amortized:
 
 
 def laplace(parts: Setup) -> guides.Laplace:
-    """Newton-CG to the mode, differentiated implicitly; the covariance for a share of each batch."""
+    """Newton-CG to the mode, differentiated implicitly; the covariance through products and probes."""
     return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4)
 
 
@@ -79,8 +79,8 @@ EXPERIMENT = Experiment(
         "The released code selects the epoch by its test loss; here by held-out training images.",
         "In the released code SA-VAE steps up the loss instead of down, by 5e-4 of a batch mean, and IAF does not see "
         "its context; ours step down and see it. Those two published numbers may be those of other methods.",
-        '"Laplace" takes line-searched Newton steps, differentiated implicitly, and the covariance exactly. '
-        "The damped steps of the paper, everything differentiated, take about three times as long "
+        '"Laplace" takes line-searched Newton steps, differentiated implicitly, and the covariance through products '
+        "and probes. The damped steps of the paper, everything differentiated, take five times as long "
         "here and are an arm of the paper preset.",
         "The SA arms take 4 steps on each datum's own (loc, log var), with momentum 0.5 and its gradient clipped to a "
         "norm of 5 per block. On held-out training images after 6 epochs on 12,000 images a step of 0.1 was ahead of "

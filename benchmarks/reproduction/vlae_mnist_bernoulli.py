@@ -36,6 +36,6 @@ EXPERIMENT = Experiment(
         "number of importance samples; the sizes here are the large ones of the released code. Its other rows at T = 4 "
         "are SA-VAE -85.43, Householder -85.23 and IAF -84.02.",
         '"Laplace" takes line-searched Newton steps, differentiated implicitly, and the covariance '
-        "exactly. The damped steps of the paper are an arm of the paper preset.",
+        "through products and probes. The damped steps of the paper are an arm of the paper preset.",
     ),
 )
