@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
-from pyrovae.families import FAMILIES, Family, get_family, refuse_unbuilt_flow
+from pyrovae.families import Family
 from pyrovae.guides.base import FamilyGuide, Guide
+from pyrovae.guides.own_family import OwnFamily, family_traits
 from pyrovae.latents import LatentSpace
 
 __all__ = ["Amortized"]
@@ -29,7 +30,7 @@ def first_argument(*args: Any, **kwargs: Any) -> Any:
     raise TypeError("the guide was called without arguments, so its encoder has no input: pass the data")
 
 
-class Amortized(FamilyGuide):
+class Amortized(OwnFamily):
     """An encoder gives every datum's variational parameters.
 
     Args:
@@ -68,12 +69,12 @@ class Amortized(FamilyGuide):
         example: tuple[Any, ...] = (),
     ) -> None:
         require_net(encoder)
-        refuse_unbuilt_flow(family)
         super().__init__(model, plate=plate, batched=batched)
-        self.flow = family if isinstance(family, nn.Module) else None
-        self.__dict__["family_spec"], self.encoder_input = family, encoder_input
-        self.__dict__["_family"] = None
-        self.traits = _traits(family)
+        self._choose(family)
+        label = family if isinstance(family, str) else type(family).__name__.lower()
+        name = f"Amortized({label})" if isinstance(family, str | nn.Module) else "Amortized"
+        self.traits = family_traits(name, family)
+        self.encoder_input = encoder_input
         self.encoder = encoder
         if encoder is not None:
             return
@@ -84,35 +85,13 @@ class Amortized(FamilyGuide):
         self.constant = nn.Parameter(constant_start(self, example))
 
     def _describe(self) -> str:
-        spec = self.family_spec
-        family = spec if isinstance(spec, str | Family) else getattr(spec, "__name__", "?")
-        return f"family={family!r}, "
-
-    def family(self, *args: Any, **kwargs: Any) -> Family:
-        flow = self.flow  # named in every run: Pyro registers its weights then
-        if flow is not None:
-            return get_family(flow, self.space(*args, **kwargs).dim)
-        if self._family is None:
-            self.__dict__["_family"] = get_family(self.family_spec, self.space(*args, **kwargs).dim)
-        return self._family
+        return f"family={self._family_name}, "
 
     def lam(self, *args: Any, **kwargs: Any) -> Tensor:
         encoder = self.encoder  # read once: every access registers its parameters with Pyro
         if encoder is None:
             return self.constant
         return encode(encoder, self.encoder_input(*args, **kwargs), self.family(*args, **kwargs))
-
-
-def _traits(family: Any) -> GuideTraits:
-    """What a guide with this family offers."""
-    kind = FAMILIES.get(family) if isinstance(family, str) else family
-    label = family if isinstance(family, str) else type(family).__name__.lower()
-    return GuideTraits(
-        name=f"Amortized({label})" if isinstance(family, str | nn.Module) else "Amortized",
-        reparameterised=getattr(kind, "reparameterised", True),
-        gaussian_sites=getattr(kind, "gaussian", True),
-        stratified=True,
-    )
 
 
 def encode(encoder: nn.Module, x: Any, family: Family) -> Tensor:

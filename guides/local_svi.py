@@ -10,17 +10,19 @@ is trained at a constant lam*.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrovae import handlers
 from pyrovae.ascent import Ascent, LocalFit
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
-from pyrovae.families import FAMILIES, Family, get_family, refuse_unbuilt_flow
+from pyrovae.families import Family
 from pyrovae.guides.base import FamilyGuide
+from pyrovae.guides.own_family import OwnFamily, family_traits
 from pyrovae.guides.refined import Refined, RefinedGuide, start_of
 from pyrovae.guides.side_term import pull
 from pyrovae.refine import Objective, Optimizer
@@ -29,7 +31,7 @@ from pyrovae.runtime import evaluating, preserve_rng
 __all__ = ["LocalSVI"]
 
 
-class LocalSVI(RefinedGuide):
+class LocalSVI(OwnFamily, RefinedGuide):
     """Every datum's variational parameters, optimised to convergence on each call.
 
     Args:
@@ -85,29 +87,18 @@ class LocalSVI(RefinedGuide):
             if family is not None:
                 raise ValueError("LocalSVI takes its family from the base: leave family out, or start without a base")
             plate, batched = base.plate, base.batched
-        refuse_unbuilt_flow(family)
         super().__init__(model, plate=plate, batched=batched)
+        self._choose("diagonal" if family is None else family)
         self.ascent = Ascent(num_samples, max_steps, check, patience, reductions, shrink, tolerance, optimizer)
         self.base, self.progress = base, progress
-        self.flow = family if isinstance(family, nn.Module) else None
-        self.__dict__["family_spec"], self.__dict__["_family"] = "diagonal" if family is None else family, None
         self.traits = _traits(base, self.family_spec)
 
     def _describe(self) -> str:
-        spec = self.family_spec
-        family = spec if isinstance(spec, str | Family) else getattr(spec, "__name__", "?")
-        what = f"family={family!r}" if self.base is None else f"base={self.base!r}"
+        what = f"family={self._family_name}" if self.base is None else f"base={self.base!r}"
         return f"{what}, max_steps={self.ascent.max_steps}, "
 
     def family(self, *args: Any, **kwargs: Any) -> Family:
-        if self.base is not None:
-            return self.base.family(*args, **kwargs)
-        flow = self.flow  # named in every run: Pyro registers its weights then
-        if flow is not None:
-            return get_family(flow, self.space(*args, **kwargs).dim)
-        if self._family is None:
-            self.__dict__["_family"] = get_family(self.family_spec, self.space(*args, **kwargs).dim)
-        return self._family
+        return super().family(*args, **kwargs) if self.base is None else self.base.family(*args, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> LocalFit:
         """Optimise and report; the model in evaluation mode, its weights and the random state as they were."""
@@ -139,9 +130,4 @@ class LocalSVI(RefinedGuide):
 
 def _traits(base: FamilyGuide | None, family: Any) -> GuideTraits:
     """The family's, under this guide's name."""
-    if base is not None:
-        reparameterised, gaussian = base.traits.reparameterised, base.traits.gaussian_sites
-    else:
-        kind = FAMILIES.get(family) if isinstance(family, str) else family
-        reparameterised, gaussian = getattr(kind, "reparameterised", True), getattr(kind, "gaussian", True)
-    return GuideTraits("LocalSVI", reparameterised=reparameterised, gaussian_sites=gaussian, stratified=True)
+    return family_traits("LocalSVI", family) if base is None else replace(base.traits, name="LocalSVI")

@@ -26,6 +26,9 @@ from pyrovae.sitewise import Run, Site, Treatment, run_at, treatment
 __all__ = ["Curvature", "Expansion", "Operator", "floor_eigenvalues"]
 
 
+Products = Callable[..., Callable[[Tensor], Tensor]]
+
+
 class Expansion(NamedTuple):
     """Second-order expansion of the log-joint at `u`.
 
@@ -95,17 +98,7 @@ class Curvature:
         with torch.enable_grad():
             point = u if u.requires_grad else u.detach().requires_grad_()
             value, run = self._value(point)
-            terms: list[Callable[[Tensor], Tensor]] = []
-            if run is None:
-                terms.append(negative_hessians(value.sum(), point))
-            else:
-                sorted_sites = self._treatment(run, point)
-                diagonal = self._closed(sorted_sites, run, point)
-                terms.append(lambda p: diagonal * p)
-                for name, parameters in sorted_sites.moving.items():
-                    terms += self._sandwiches(run.sites_seen[name], parameters, point, sandwiches)
-                if sorted_sites.hessian:
-                    terms.append(negative_hessians(self._total(run, sorted_sites.hessian), point))
+            terms = self._terms(value, run, point, sandwiches, negative_hessians)
 
         def product(p: Tensor) -> Tensor:
             with torch.enable_grad():
@@ -126,7 +119,11 @@ class Curvature:
                 value, terms = objective(leaf, self.beta), self._trunks.products(leaf)
             else:
                 value, run = self._value(leaf)
-                terms = self._products(value, run, leaf)
+                self._trunks = None if run is None else self._find_trunks(run, leaf)
+                if self._trunks is not None:
+                    terms = self._trunks.products(leaf)
+                else:
+                    terms = self._terms(value, run, leaf, sandwich, negative_hessian)
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
         return Operator(value.detach(), gradient, lambda p: torch.stack([term(p) for term in terms]).sum(0))
 
@@ -209,24 +206,23 @@ class Curvature:
 
     # J' F J as a product
 
-    def _products(self, value: Tensor, run: Run | None, leaf: Tensor) -> list[Callable[[Tensor], Tensor]]:
-        """Terms of p -> Lambda p."""
+    def _terms(
+        self, value: Tensor, run: Run | None, u: Tensor, gauss_newton: Products, negative_hessian: Products
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Terms of p -> Lambda p, in the form (of `pyrovae.products`) that is asked for."""
         if run is None:
-            return [negative_hessian(value.sum(), leaf)]
-        sorted_sites = self._treatment(run, leaf)
-        self._trunks = self._find_trunks(sorted_sites, run, leaf)
-        if self._trunks is not None:
-            return self._trunks.products(leaf)
-        diagonal = self._closed(sorted_sites, run, leaf).detach()
+            return [negative_hessian(value.sum(), u)]
+        sorted_sites = self._treatment(run, u)
+        diagonal = self._closed(sorted_sites, run, u)
         terms: list[Callable[[Tensor], Tensor]] = [lambda p: diagonal * p]
         for name, parameters in sorted_sites.moving.items():
-            terms += self._sandwiches(run.sites_seen[name], parameters, leaf, sandwich)
+            terms += self._sandwiches(run.sites_seen[name], parameters, u, gauss_newton)
         if sorted_sites.hessian:
-            terms.append(negative_hessian(self._total(run, sorted_sites.hessian), leaf))
+            terms.append(negative_hessian(self._total(run, sorted_sites.hessian), u))
         return terms
 
     def _sandwiches(
-        self, seen: Site, parameters: tuple[str, ...], u: Tensor, form: Callable[..., Callable[[Tensor], Tensor]]
+        self, seen: Site, parameters: tuple[str, ...], u: Tensor, form: Products
     ) -> list[Callable[[Tensor], Tensor]]:
         blocks = _blocks(seen)
         head = linear_head(self.log_joint, seen, parameters, u)
@@ -240,7 +236,9 @@ class Curvature:
 
         return [form(blocks[name].parameter, u, weighed(name)) for name in parameters]
 
-    def _find_trunks(self, sorted_sites: Treatment, run: Run, leaf: Tensor) -> Trunks | None:
+    def _find_trunks(self, run: Run, leaf: Tensor) -> Trunks | None:
+        """For the case that nothing but trunks depends on u."""
+        sorted_sites = self._treatment(run, leaf)
         parts = []
         for name, parameters in sorted_sites.moving.items():
             seen = run.sites_seen[name]

@@ -8,6 +8,7 @@ every pixel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Trunks(NamedTuple):
         """Terms of p -> Lambda p at `leaf`, which requires a gradient."""
         terms: list[Callable[[Tensor], Tensor]] = [lambda p: self.diagonal * p]
         for trunk, middle in self.parts:
-            terms.append(sandwich(trunk(leaf), leaf, lambda tangent, middle=middle: tangent @ middle))
+            terms.append(sandwich(trunk(leaf), leaf, partial(_times, middle)))
         return terms
 
     def matrix(self, u: Tensor) -> Tensor:
@@ -63,6 +64,10 @@ class Trunks(NamedTuple):
                     total = total + contract(hidden @ middle, hidden)
             pieces.append(total)
         return torch.diag_embed(self.diagonal) + torch.cat(pieces)
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    return vectors @ matrix
 
 
 def contract(first: Tensor, second: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyrovae import guides, losses
 from pyrovae.errors import IncompatibleError, NoDensityError
+from pyrovae.families import DiagonalNormal, MixtureOfNormals
 from pyrovae.models import VAE
-from pyrovae.nets import LinearHeadDecoder
+from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.training import default_loss
 
 PIXELS, DIM = 6, 3
@@ -269,3 +270,13 @@ def test_subsampled_plate(name):
 
     trace = poutine.trace(guide).get_trace(x, index)
     assert torch.equal(torch.as_tensor(trace.nodes["data"]["value"]), index)
+
+
+@pytest.mark.parametrize("build", [guides.Amortized, lambda model, net, family: guides.LocalSVI(model, family)])
+def test_a_callable_family_is_asked_what_it_offers(build):
+    """A mixture made by a function of D is a mixture: its weights have no reparameterised gradient."""
+    model, _ = problems.ppca(rows=4, latent=3, pixels=5)
+    traits = build(model, MLP([5, 16]).double(), lambda dim: MixtureOfNormals(dim, 2)).traits
+    assert not traits.reparameterised
+    assert not traits.gaussian_sites
+    assert build(model, MLP([5, 6]).double(), lambda dim: DiagonalNormal(dim)).traits.gaussian_sites
