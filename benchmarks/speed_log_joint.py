@@ -15,6 +15,7 @@ from timing import Line, Options, arguments, compare, show
 from torch import Tensor
 
 from pyrovae.latents import LatentSpace
+from pyrovae.recording import recorded
 
 MUST, AIM = 1.5, 1.1
 
@@ -41,7 +42,7 @@ def lines(options: Options) -> list[Line]:
         return compare(what, gradient(function, u), name, by_hand, options, threads=1, repeats=300, must=must, aim=aim)
 
     return [
-        line("log-joint and gradient, recorded", bound.recorded(u), MUST, AIM),
+        line("log-joint and gradient, recorded", recorded(bound, u), MUST, AIM),
         line("log-joint and gradient, through handlers", bound, None, None),
     ]
 

@@ -37,6 +37,7 @@ from pyrovae.latents import LatentSpace, LogJoint
 from pyrovae.nets import Table
 from pyrovae.newton import conjugate_gradient, find_mode, newton_step
 from pyrovae.precision_normal import PrecisionNormal, covariance_factor
+from pyrovae.recording import recorded
 
 __all__ = ["Laplace", "Mode"]
 
@@ -203,7 +204,7 @@ class Laplace(DensityGuide):
     def _implicit(self, log_joint: LogJoint, start: Tensor, num_probes: int, *, train: bool) -> _Found:
         """The mode by Newton-CG; with `train`, its derivative by the implicit function theorem."""
         curvature = Curvature(log_joint, beta=handlers.kl_weight(), hessian=self.hessian)
-        objective = log_joint.recorded(start)
+        objective = recorded(log_joint, start)
         loc = find_mode(
             curvature, objective, start, self.num_steps, num_cg=self.num_cg, tolerance=_STANDSTILL * self.tolerance
         )

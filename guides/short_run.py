@@ -21,6 +21,7 @@ from pyrovae.compat import GuideTraits
 from pyrovae.emission import emit_draws
 from pyrovae.guides.base import Guide
 from pyrovae.latents import LatentSpace
+from pyrovae.recording import recorded
 from pyrovae.samplers import hmc, init, langevin
 
 __all__ = ["ShortRun"]
@@ -80,7 +81,7 @@ class ShortRun(Guide):
                 u = space.prior(num_samples, *args, **kwargs)
             else:
                 u = self.init._draws(num_samples, *args, **kwargs)
-            density = log_joint.recorded(u)
+            density = recorded(log_joint, u)
 
             def target(point: Tensor) -> Tensor:
                 return density(point, beta)

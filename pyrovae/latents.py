@@ -89,7 +89,7 @@ class LatentSpace:
         self.dtype, self.device = structure.dtype, structure.device
         self._foldable: dict[tuple[Any, ...], bool] = {}  # by shapes: whether rows can be taken and repeated
         self._warned = False
-        self.recordings: dict[Any, Any] = {}  # what `LogJoint.recorded` keeps
+        self.recordings: dict[Any, Any] = {}  # kept by `pyrovae.recording`
         with fresh():
             self.bind(*args, **kwargs)
 
@@ -212,18 +212,6 @@ class LogJoint:
         other = LogJoint(self.space, rows)
         other.foldable, other._data_checked = self.foldable, True
         return other
-
-    def recorded(self, u: Tensor) -> Callable[..., Tensor]:
-        """This function for points of `u`'s shape, as a graph without Pyro's handlers: for inner loops.
-
-        Same numbers and gradients (of any order, also with respect to parameters), same signature. A recording is kept
-        for later calls with the same shapes, dtypes, devices, training flags and parameter tensors; every call first
-        compares it with the program at `u`. Where the program cannot be recorded (its control flow depends on the
-        latents) a warning says so and this function itself comes back.
-        """
-        from pyrovae.recording import recorded
-
-        return recorded(self, u)
 
     def __call__(self, u: Tensor, beta: float = 1.0) -> Tensor:
         """`[..., B, D] -> [..., B]`; `beta` weighs the latents' part (KL annealing)."""

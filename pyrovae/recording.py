@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -22,10 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pyrovae.batching import RowArguments
+from pyrovae.latents import LogJoint
 from pyrovae.runtime import modules_of, preserve_rng
-
-if TYPE_CHECKING:
-    from pyrovae.latents import LogJoint
 
 __all__ = ["Recording", "record", "recorded"]
 
@@ -142,7 +140,13 @@ def _split(whole: fx.GraphModule) -> Recording:
 
 
 def recorded(bound: LogJoint, u: Tensor) -> Density:
-    """`bound` for points of `u`'s shape, without handlers; `LogJoint.recorded` documents it."""
+    """A log-joint for points of `u`'s shape, as a graph without Pyro's handlers: for inner loops.
+
+    Same numbers and gradients (of any order, also with respect to parameters), same signature. A recording is kept for
+    later calls with the same shapes, dtypes, devices, training flags and parameter tensors; every call first compares
+    it with the program at `u`. Where the program cannot be recorded (its control flow depends on the latents) a warning
+    says so and `bound` itself comes back.
+    """
     tensors, rebuild, rest = _flatten(bound.rows)
     cache = bound.space.recordings
     key = (u.shape, u.dtype, u.device, bound.foldable, rest, _identity(bound.space.model),
@@ -194,7 +198,7 @@ def _try(
                 return recording
     warnings.warn(
         f"the log-density cannot be recorded as a graph ({reason}): the program itself runs at every step, with the "
-        "same numbers but slower", stacklevel=4,
+        "same numbers but slower", stacklevel=3,
     )  # fmt: skip
     return None
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pyrovae import noise
 from pyrovae.families import Family
 from pyrovae.latents import LogJoint
+from pyrovae.recording import recorded
 
 __all__ = ["RECORD", "Clip", "Objective", "Optimizer", "by_block", "climb", "descend", "toward"]
 
@@ -71,7 +72,7 @@ class Objective:
         """From now on run the log-joint as a graph without handlers, for noise of the shape of `eps`."""
         with torch.no_grad():
             u = self.family.stratified(lam, self._all(eps))[1]
-        self.log_joint = self.bound.recorded(u)
+        self.log_joint = recorded(self.bound, u)
 
     def _all(self, eps: Tensor) -> Tensor:
         return torch.cat([eps, -eps]) if self.antithetic else eps

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyrovae import data, models
 from pyrovae.latents import LatentSpace
 from pyrovae.nets import MLP, LinearHeadDecoder
+from pyrovae.recording import recorded
 from tests.bench import problems
 
 
@@ -22,13 +23,13 @@ def _vae(likelihood="bernoulli", dtype=torch.double, dim=3, pixels=7):
 def _both(bound, u, beta=1.0, parameters=()):
     """Value, gradient, gradient of the squared gradient (with respect to u and the parameters) of program and graph."""
     found = []
-    for function in (bound, bound.recorded(u)):
+    for function in (bound, recorded(bound, u)):
         leaf = u.detach().clone().requires_grad_()
         value = function(leaf, beta)
         (gradient,) = torch.autograd.grad(value.square().sum(), leaf, create_graph=True)
         second = torch.autograd.grad(gradient.square().sum(), (leaf, *parameters))
         found.append((value.detach(), gradient.detach(), *second))
-    assert bound.recorded(u) is not bound
+    assert recorded(bound, u) is not bound
     return found
 
 
@@ -76,8 +77,8 @@ def test_enumerated_latents_are_recorded_too():
     x = torch.tensor([0.1, 2.0, -1.0], dtype=torch.double)
     bound = LatentSpace(model, x).bind(x)
     u = torch.randn(2, 3, 1, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(bound.recorded(u)(u), bound(u), rtol=1e-12, atol=1e-12)
-    assert bound.recorded(u) is not bound
+    torch.testing.assert_close(recorded(bound, u)(u), bound(u), rtol=1e-12, atol=1e-12)
+    assert recorded(bound, u) is not bound
 
 
 def test_parameters_are_seen_by_reference_and_new_ones_make_a_new_recording():
@@ -85,15 +86,15 @@ def test_parameters_are_seen_by_reference_and_new_ones_make_a_new_recording():
     x = torch.ones(2, 7, dtype=torch.double)
     space = LatentSpace(model, x)
     bound, u = space.bind(x), torch.ones(2, 3, dtype=torch.double)
-    fast = bound.recorded(u)
+    fast = recorded(bound, u)
     before = fast(u).detach()
     with torch.no_grad():
         model.decoder.head.weight.mul_(2.0)  # as an optimiser steps and load_state_dict copies
-    torch.testing.assert_close(bound.recorded(u)(u), bound(u), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(recorded(bound, u)(u), bound(u), rtol=1e-12, atol=1e-12)
     assert (bound(u) - before).abs().min() > 1e-4
     assert len(space.recordings) == 1
     model.decoder.head.weight = nn.Parameter(model.decoder.head.weight.detach().clone())  # same numbers, other tensor
-    value = bound.recorded(u)(u).sum()
+    value = recorded(bound, u)(u).sum()
     (gradient,) = torch.autograd.grad(value, model.decoder.head.weight)
     assert gradient.abs().max() > 0
     assert len(space.recordings) == 2
@@ -116,16 +117,16 @@ def test_constrained_and_bare_parameters():
     with pyro.get_param_store().scope():
         space = LatentSpace(model, x)
         bound = space.bind(x)
-        first = bound.recorded(u)(u)
+        first = recorded(bound, u)(u)
         first.sum().backward()
         assert model.scale_unconstrained.grad.abs() > 0
         with torch.no_grad():
             model.scale_unconstrained.add_(1.0)
-        torch.testing.assert_close(bound.recorded(u)(u), bound(u))
+        torch.testing.assert_close(recorded(bound, u)(u), bound(u))
         # another store: equal value, another tensor
         with pyro.get_param_store().scope():
             pyro.param("shift", torch.tensor(0.2, dtype=torch.double))
-            value = bound.recorded(u)(u).sum()
+            value = recorded(bound, u)(u).sum()
             mine = pyro.get_param_store()._params["shift"]
             assert torch.autograd.grad(value, mine)[0].abs() > 0
 
@@ -141,9 +142,9 @@ def test_a_plain_attribute_that_changed_makes_a_new_recording():
 
     model, x = Model(), torch.tensor([0.3, 1.0], dtype=torch.double)
     bound, u = LatentSpace(model, x).bind(x), torch.tensor([[0.1], [-0.4]], dtype=torch.double)
-    bound.recorded(u)
+    recorded(bound, u)
     model.width = 2.0
-    torch.testing.assert_close(bound.recorded(u)(u), bound(u), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(recorded(bound, u)(u), bound(u), rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_draws_a_new_mask_at_every_evaluation():
@@ -151,7 +152,7 @@ def test_dropout_draws_a_new_mask_at_every_evaluation():
     model = models.VAE(nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5), nn.Linear(50, 4)), 2)
     x = torch.ones(3, 4)
     bound, u = LatentSpace(model, x).bind(x), torch.ones(3, 2)
-    fast = bound.recorded(u)
+    fast = recorded(bound, u)
     assert fast is not bound
     assert not torch.equal(fast(u), fast(u))
     torch.manual_seed(5)
@@ -159,7 +160,7 @@ def test_dropout_draws_a_new_mask_at_every_evaluation():
     torch.manual_seed(5)
     torch.testing.assert_close(ours, bound(u))
     model.eval()
-    fast = bound.recorded(u)
+    fast = recorded(bound, u)
     assert torch.equal(fast(u), fast(u))
 
 
@@ -168,7 +169,7 @@ def test_operations_in_place_keep_their_order():
     net = nn.Sequential(nn.Linear(2, 9), nn.ReLU(inplace=True), nn.Linear(9, 4)).double()
     model, x = models.VAE(net, 2), torch.ones(3, 4, dtype=torch.double)
     bound, u = LatentSpace(model, x).bind(x), torch.ones(3, 2, dtype=torch.double)
-    fast = bound.recorded(u)
+    fast = recorded(bound, u)
     assert fast is not bound
     for scale in (1.0, -2.0):
         torch.testing.assert_close(fast(scale * u), bound(scale * u), rtol=1e-12, atol=1e-12)
@@ -190,8 +191,8 @@ def test_control_flow_on_values_falls_back_with_a_warning():
     for model in (branching, hidden):
         bound = LatentSpace(model, x).bind(x)
         with pytest.warns(UserWarning, match="cannot be recorded"):
-            assert bound.recorded(u) is bound
-        assert bound.recorded(u) is bound  # remembered, and said once
+            assert recorded(bound, u) is bound
+        assert recorded(bound, u) is bound  # remembered, and said once
 
 
 def test_real_images_through_a_recording_and_ragged_batches():
@@ -201,4 +202,4 @@ def test_real_images_through_a_recording_and_ragged_batches():
     space = LatentSpace(model, images[:10])
     for rows in (images[:10], images[10:20], images[20:23], images[23:24]):
         bound, u = space.bind(rows), torch.randn(len(rows), 4)
-        torch.testing.assert_close(bound.recorded(u)(u), bound(u), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(recorded(bound, u)(u), bound(u), rtol=1e-5, atol=1e-4)

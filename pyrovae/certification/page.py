@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.certification.best import Best
 from pyrovae.certification.checks import IWAE_DRAWS, Check, Error, iwae
+from pyrovae.certification.outcome import Outcome
 from pyrovae.certification.recipes import SEARCHED, Rule
-
-if TYPE_CHECKING:
-    from pyrovae.certification.run import Outcome
 
 __all__ = ["COLUMNS", "cells", "markdown", "to_rich"]
 

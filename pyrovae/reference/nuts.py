@@ -19,6 +19,7 @@ from pyrovae import noise, store
 from pyrovae.batching import Batched
 from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
+from pyrovae.recording import recorded
 from pyrovae.reference.posterior import Reference, status_of
 from pyrovae.runtime import evaluating, seeded
 
@@ -63,7 +64,7 @@ def nuts(
         log_joint = space.bind(*args, **kwargs)
         start = _starts(space, init, num_chains, args, kwargs)
 
-        fast = log_joint.recorded(start[0])
+        fast = recorded(log_joint, start[0])
 
         def potential(params: dict[str, Tensor]) -> Tensor:
             return -fast(params["u"]).sum()

@@ -14,9 +14,9 @@ from pyrovae.certification import problems, recipes
 from pyrovae.certification.best import Best
 from pyrovae.certification.builders import Lookup, NotCertified
 from pyrovae.certification.checks import Error, certify, iwae, measure
+from pyrovae.certification.outcome import PAGE
 from pyrovae.certification.page import cells
 from pyrovae.certification.recipes import RECIPES
-from pyrovae.certification.run import PAGE
 from pyrovae.cli import app
 from pyrovae.families import FAMILIES
 
