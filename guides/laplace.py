@@ -10,7 +10,8 @@ default one finds the mode without a graph (`pyrovae.newton`) and differentiates
 
     d mu / d theta = H^{-1} d/d theta grad_u log p(x, mu),      H the negative Hessian at mu
 
-whose cost does not grow with the steps. As the mode does not depend on where the search began, the encoder has a term
+whose cost does not grow with the steps, and the covariance through products with Lambda instead of D directions
+(`pyrovae.precision_normal`). As the mode does not depend on where the search began, the encoder has a term
 of its own: it descends KL(N(mu_0, Lambda^{-1}) || q) = (mu_0 - mu)' Lambda (mu_0 - mu) / 2.
 """
 
