@@ -24,6 +24,7 @@ from torch import Tensor
 from pyrovae.families import marginal
 from pyrovae.joint import Structure
 from pyrovae.mixture import MixtureOfNormals
+from pyrovae.precision_normal import PrecisionNormal
 from pyrovae.sites import LatentSite, bijection, to_constrained
 
 __all__ = ["emit", "emit_draws", "site_posteriors"]
@@ -60,7 +61,7 @@ def site_posteriors(structure: Structure, guide_trace: Any) -> dict[str, Any]:
             if isinstance(whole, torch.distributions.Independent):  # joint mode
                 whole = whole.base_dist
             found[site.name] = marginal(whole, site.slice)
-        elif isinstance(fn, dist.Delta):
+        elif isinstance(fn, dist.Delta | PrecisionNormal):  # the latter's covariance has no gradient to give
             found[site.name] = None
         else:
             if isinstance(fn, torch.distributions.TransformedDistribution):

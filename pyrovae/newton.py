@@ -42,6 +42,7 @@ def find_mode(
     u = u.detach()
     moving = torch.ones(len(u), dtype=torch.bool, device=u.device)
     before = None
+    longest = u.new_ones(len(u))
     for _ in range(num_steps):
         here = curvature.operator(u, objective)
         size = here.gradient.norm(dim=-1)
@@ -54,17 +55,20 @@ def find_mode(
         if not moving.any():
             break
         with torch.no_grad():
-            length = _backtrack(lambda point: objective(point, curvature.beta), u, step, here.log_joint, slope, moving)
-            u = u + length.unsqueeze(-1) * step
+            length = _backtrack(
+                lambda point: objective(point, curvature.beta), u, step, here.log_joint, slope, moving, longest
+            )
+            u = torch.where(length.unsqueeze(-1) > 0, u + length.unsqueeze(-1) * step, u)  # a step may be NaN
+            longest = torch.where(moving & (length == 0), 0.1**_TRIALS * longest, torch.ones_like(longest))
     return u
 
 
 def _backtrack(
-    objective: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, value: Tensor, slope: Tensor, moving: Tensor
-) -> Tensor:
-    """Step lengths that raise each datum's objective enough, `[B]`: 1, or where that fails the top of the parabola
-    through what has been seen; 0 where no trial was good enough."""
-    length = torch.ones_like(value)
+    objective: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, value: Tensor, slope: Tensor, moving: Tensor,
+    length: Tensor,
+) -> Tensor:  # fmt: skip
+    """Step lengths that raise each datum's objective enough, `[B]`: `length`, or where that fails the top of the
+    parabola through what has been seen; 0 where no trial was good enough."""
     found = torch.zeros_like(value)
     searching = moving
     slack = 10 * torch.finfo(value.dtype).eps * value.abs()  # a rise below rounding error cannot be seen
@@ -95,8 +99,8 @@ def conjugate_gradient(
         tolerance: on |Lambda s - target| / |target|, a number or one per row.
         precondition: r -> M^{-1} r with M close to Lambda; the start is then M^{-1} target.
 
-    A row with negative curvature along a search direction stops there: at the (preconditioned) target if it is the
-    first direction.
+    A row with negative curvature along a search direction p stops there. If it is the first one, the target itself, its
+    length becomes p'p / |p' Lambda p|; with a preconditioner it is that of the preconditioned target.
     """
     solve = precondition or (lambda r: r)
     guess = solve(target)
@@ -117,7 +121,8 @@ def conjugate_gradient(
             bend = (p * q).sum(-1)
             bent = active & ~(bend > 0)
             if iteration == 0 and precondition is None:
-                s = torch.where(bent.unsqueeze(-1), target, s)
+                size = torch.where(bend < 0, rz / bend.abs(), torch.ones_like(rz))
+                s = torch.where(bent.unsqueeze(-1), size.unsqueeze(-1) * target, s)
             active = active & ~bent
             alpha = torch.where(active, rz / bend, torch.zeros_like(rz)).unsqueeze(-1)
             s, r = s + alpha * p, r - alpha * q

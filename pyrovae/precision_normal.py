@@ -10,9 +10,9 @@ and back. A draw and its log-density need few:
 
 The field -Lambda^{-1} dLambda s / 2 moves the covariance as it must: it adds its product with Lambda^{-1} and the
 transpose, -Lambda^{-1} dLambda Lambda^{-1}. The trace is estimated with P vectors r of random signs (Hutchinson 1990)
-that have nothing to do with eps, so gradients of any function of draws and densities that is linear in
-d log|Lambda| stay unbiased. With r = eps the estimate would cancel the derivative of s' Lambda s: that is sticking the
-landing.
+that have nothing to do with eps, so the gradient of any function of draws and densities stays unbiased: it is linear in
+d log|Lambda|, with weights that do not depend on r. With r = eps the estimate would cancel the derivative of
+s' Lambda s: that is sticking the landing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class PrecisionNormal(TorchDistribution):
     Args:
         loc: mu, `[B, D]`.
         precision: Lambda, `[B, D, D]`, without gradient.
-        products: p -> Lambda p for every p of `[T, B, D]`; only their derivative is used.
+        products: p -> Lambda p for every p of `[T, B, D]`. Only their derivative is used, so they need not know of a
+            floor under the eigenvalues of `precision`.
         num_probes: P >= 1.
     """
 
@@ -48,6 +49,20 @@ class PrecisionNormal(TorchDistribution):
         self.scale_tril = covariance_factor(self.precision_matrix)
         self._drawn: tuple[Tensor, Tensor, Tensor] | None = None  # the last draws, and `_changes` there
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Without gradient."""
+        return self.scale_tril @ self.scale_tril.mT
+
+    @property
+    def variance(self) -> Tensor:
+        """Without gradient."""
+        return self.scale_tril.square().sum(-1)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> TorchDistribution:
         same = torch.Size(batch_shape) == self.batch_shape

@@ -23,7 +23,7 @@ def jacobian(output: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor
 def hessian(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     """Hessian of a sum over independent rows, `[B, D, D]`."""
     (slope,) = torch.autograd.grad(total, u, create_graph=True)
-    if not slope.requires_grad:  # linear in u
+    if not _depends(slope, u):
         return u.new_zeros(*u.shape, u.shape[-1])
     return _along_axes(slope, u, u, create_graph).movedim(0, 1)
 
@@ -44,7 +44,7 @@ def _along_axes(value: Tensor, source: Tensor, u: Tensor, create_graph: bool) ->
 def negative_hessian(total: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
     """p -> -H p for `p: [B, D]`, without gradient."""
     (slope,) = torch.autograd.grad(total, leaf, create_graph=True)
-    if not slope.requires_grad:  # linear in u
+    if not _depends(slope, leaf):
         return torch.zeros_like
     return lambda p: -torch.autograd.grad(slope, leaf, p, retain_graph=True)[0]
 
@@ -52,7 +52,7 @@ def negative_hessian(total: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
 def negative_hessians(total: Tensor, u: Tensor) -> Callable[[Tensor], Tensor]:
     """p -> -H p for every p of `[T, B, D]`; can be differentiated."""
     (slope,) = torch.autograd.grad(total, u, create_graph=True)
-    if not slope.requires_grad:
+    if not _depends(slope, u):
         return torch.zeros_like
     return lambda p: -_batched(slope, u, p)
 
@@ -74,8 +74,22 @@ def sandwiches(output: Tensor, u: Tensor, weigh: Callable[[Tensor], Tensor]) -> 
     return lambda p: _batched(output, u, weigh(_batched(pulled, cotangent, p)))
 
 
+def _depends(slope: Tensor, u: Tensor) -> bool:
+    """False where a function is linear in u, perhaps with parameters for coefficients."""
+    if not slope.requires_grad:
+        return False
+    return torch.autograd.grad(slope.sum(), u, allow_unused=True, retain_graph=True)[0] is not None
+
+
 def _batched(value: Tensor, source: Tensor, vectors: Tensor, *, create_graph: bool = True) -> Tensor:
     """Vector-Jacobian products of `value` with `vectors: [T, *value]`, `[T, *source]`."""
-    return torch.autograd.grad(
-        value, source, vectors, is_grads_batched=True, create_graph=create_graph, retain_graph=True
-    )[0]
+
+    def product(vector: Tensor, batched: bool) -> Tensor:
+        return torch.autograd.grad(
+            value, source, vector, is_grads_batched=batched, create_graph=create_graph, retain_graph=True
+        )[0]
+
+    try:
+        return product(vectors, True)
+    except RuntimeError:  # an operation whose derivative cannot be vectorised (group norm): one by one
+        return torch.stack([product(vector, False) for vector in vectors])

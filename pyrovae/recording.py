@@ -186,8 +186,8 @@ def _try(
     else:
         generator = torch.Generator().manual_seed(0)
         reason = "its control flow depends on the latents"
+        at = recording.at(*tensors)
         with torch.no_grad(), preserve_rng():
-            at = recording.at(*tensors)
             for scale in (0.0, 0.1, 1.0, 3.0):
                 shift = torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device)
                 point = u.detach() + scale * shift
@@ -195,7 +195,9 @@ def _try(
                 if not _agrees(at, point, bound.terms(point)):
                     break
             else:
-                return recording
+                if _same_gradient(at, bound, u):
+                    return recording
+                reason = "its gradient is not that of its operations: no_grad, or an autograd.Function"
     warnings.warn(
         f"the log-density cannot be recorded as a graph ({reason}): the program itself runs at every step, with the "
         "same numbers but slower", stacklevel=3,
@@ -218,6 +220,25 @@ def _agrees(at: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, expected: Seq
         ours = at(u.detach())
     near = 1e-9 if u.dtype == torch.float64 else 1e-4
     return all(torch.allclose(a, b, rtol=near, atol=near, equal_nan=True) for a, b in zip(ours, expected, strict=True))
+
+
+def _same_gradient(at: Callable[[Tensor], tuple[Tensor, ...]], bound: LogJoint, u: Tensor) -> bool:
+    """Whether the graph gives the program's gradient, also with respect to the model's parameters."""
+    parameters = [tensor for root in modules_of(bound.space.model) for tensor in root.parameters()]
+    parameters = [tensor for tensor in parameters if tensor.requires_grad]
+    found = []
+    for function in (at, bound.terms):
+        with torch.enable_grad():
+            leaf = u.detach().clone().requires_grad_()
+            _reseed(u)
+            total = torch.stack([term.sum() for term in function(leaf)]).sum()
+            found.append(torch.autograd.grad(total, [leaf, *parameters], allow_unused=True))
+    near = 1e-8 if u.dtype == torch.float64 else 1e-3
+    for ours, theirs, like in zip(*found, [leaf, *parameters], strict=True):
+        a, b = (torch.zeros_like(like) if one is None else one for one in (ours, theirs))
+        if not torch.allclose(a, b, rtol=near, atol=near * (1 + float(b.abs().max())), equal_nan=True):
+            return False
+    return True
 
 
 def _reseed(u: Tensor) -> None:

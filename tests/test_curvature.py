@@ -467,3 +467,46 @@ def test_gradient_and_log_joint_are_differentiable_too() -> None:
         found = Curvature(bound).at(u)
     assert not found.gradient.requires_grad
     torch.testing.assert_close(found.precision, expansion(u)[2].detach())
+
+
+def test_a_term_linear_in_the_latents_may_have_parameters() -> None:
+    class Tilted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([0.5, -1.0]).double())
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.factor("tilt", (z * self.w).sum(-1))
+                pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    x = randn(3, 2)
+    curvature = Curvature(LatentSpace(Tilted(), x).bind(x))
+    expected = 5.0 * torch.eye(2, dtype=torch.double)
+    assert torch.allclose(curvature.at(x).precision, expected.expand(3, 2, 2))
+    p = randn(4, 3, 2)
+    assert torch.allclose(curvature.products(x)(p), 5.0 * p)
+    assert torch.allclose(curvature.operator(x).product(p[0]), 5.0 * p[0])
+
+
+def test_a_head_with_large_parameters_is_right_too() -> None:
+    torch.manual_seed(0)
+    model = models.VAE(LinearHeadDecoder(3, [200, 200], (50,)), 3)
+    with torch.no_grad():
+        model.decoder.head.weight.mul_(500.0)
+    x = (torch.randn(6, 50) > 0).float()
+    found = Curvature(LatentSpace(model, x).bind(x)).at(3 * torch.randn(6, 3))
+    assert found.precision.isfinite().all()
+
+
+def test_group_norm_goes_one_direction_at_a_time() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.GroupNorm(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    model = models.VAE(net.double(), 2, "gaussian")
+    x, u = randn(3, 5), randn(3, 2)
+    curvature = Curvature(LatentSpace(model, x).bind(x))
+    precision, _ = curvature.precision(u)
+    p = randn(4, 3, 2)
+    expected = (precision @ p.unsqueeze(-1)).squeeze(-1)
+    assert torch.allclose(curvature.products(u)(p), expected, rtol=1e-9)

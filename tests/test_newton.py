@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -50,7 +52,8 @@ def test_negative_curvature_gives_the_gradient():
     matrix, target = _systems()
     matrix[2] = -matrix[2]
     found = conjugate_gradient(_times(matrix), target, num_steps=20, tolerance=1e-12)
-    assert torch.equal(found[2], target[2])
+    bend = (target[2] * (matrix[2] @ target[2])).sum()
+    torch.testing.assert_close(found[2], target[2] * target[2].square().sum() / bend.abs())
     assert (found[3] - torch.linalg.solve(matrix[3], target[3])).abs().max() < 1e-9
 
 
@@ -126,6 +129,41 @@ def test_find_mode_is_exact_on_ppca_and_no_datum_depends_on_its_batch():
     alone = find_mode(Curvature(single), single, start[3:4], 2, num_cg=3, tolerance=0.0)
     together = find_mode(Curvature(bound), bound, start, 2, num_cg=3, tolerance=0.0)
     torch.testing.assert_close(alone[0], together[3], rtol=1e-9, atol=1e-9)
+
+
+def test_find_mode_gets_away_from_sharp_negative_curvature():
+    """A far outlier of a narrow StudentT: gradients of hundreds at negative curvature; and a row without a gradient."""
+    weight = torch.tensor([[1.0, 0.5], [-0.3, 2.0]], dtype=torch.double)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.StudentT(3.0, z @ weight, 0.01).to_event(1), obs=x)
+
+    x = 3 * torch.randn(6, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    bound = LatentSpace(model, x).bind(x)
+    values = [bound(torch.zeros(6, 2, dtype=torch.double))]
+    for steps in (4, 20, 100):
+        values.append(bound(find_mode(Curvature(bound), bound, 0 * x, steps, num_cg=5, tolerance=1e-9)))
+    for before, after in itertools.pairwise(values):
+        assert (after >= before - 1e-9).all()
+    assert (values[1] > values[0]).all()
+    assert (values[-1] > values[1] + 1.0).any()
+
+
+def test_a_row_without_gradient_stands_still():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.abs().sqrt(), 1.0).to_event(1), obs=x)
+
+    x = torch.full((3, 2), 2.0, dtype=torch.double)
+    start = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 0.2]], dtype=torch.double)
+    bound = LatentSpace(model, x).bind(x)
+    found = find_mode(Curvature(bound, hessian=True), bound, start, 5, num_cg=5, tolerance=1e-9)
+    assert found.isfinite().all()
+    assert torch.equal(found[1], start[1])
+    assert (bound(found)[[0, 2]] > bound(start)[[0, 2]]).all()
 
 
 def test_find_mode_climbs_where_the_curvature_is_negative():

@@ -203,3 +203,24 @@ def test_real_images_through_a_recording_and_ragged_batches():
     for rows in (images[:10], images[10:20], images[20:23], images[23:24]):
         bound, u = space.bind(rows), torch.randn(len(rows), 4)
         torch.testing.assert_close(recorded(bound, u)(u), bound(u), rtol=1e-5, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_that_of_the_operations_is_not_recorded():
+    """A weight used under no_grad has no gradient in the program; in a graph of operations it would have one."""
+
+    class Held(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.double))
+
+        def forward(self, x):
+            with torch.no_grad():
+                scale = self.weight * 2.0
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z * scale, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(3, 2, dtype=torch.double)
+    bound, u = LatentSpace(Held(), x).bind(x), torch.randn(3, 2, dtype=torch.double)
+    with pytest.warns(UserWarning, match="no_grad"):
+        assert recorded(bound, u) is bound

@@ -11,6 +11,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation, init_to_value
 
 from pyrovae import evidence, guides, losses
+from pyrovae.errors import IncompatibleError
 from pyrovae.models import VAE
 from pyrovae.nets import MLP, LinearHeadDecoder
 
@@ -308,3 +309,30 @@ def test_frozen_approximation_of_local_data():
     with pytest.raises(ValueError, match="parameters of 5 data"):
         frozen.posterior(x[:3])
     assert evidence.elbo(model, frozen, x, num_samples=10).values.shape == (5,)  # chunked over all rows at once
+
+
+def test_a_decoder_that_torch_cannot_differentiate_three_times_is_refused_in_training():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.LayerNorm(6), torch.nn.Tanh(), torch.nn.Linear(6, 5))
+    vae, x = VAE(net.double(), 2, "gaussian"), torch.randn(3, 5, dtype=torch.double)
+    start = Start(torch.zeros(3, 2, dtype=torch.double))
+    guide = guides.Laplace(vae, start)
+    with torch.no_grad():
+        assert guide.log_weights(3, x).isfinite().all()
+    with pytest.raises(IncompatibleError, match="LayerNorm.*RMSNorm"):
+        losses.ELBO().loss_and_grads(vae, guide, x)
+    with pyro.get_param_store().scope():
+        losses.ELBO().loss_and_grads(vae, guides.Laplace(vae, start, gradient="envelope"), x)
+
+
+def test_joint_mode_with_fisher_information_takes_several_rows():
+    vae, x = _smooth()
+    guide = guides.Laplace(vae, None, num_steps=5, plate=None, curvature="fisher", example=(x,))
+    assert guide.mode(x).loc.shape == (1, 6)
+
+
+def test_no_steps_train_the_encoder_through_the_start():
+    vae, x = _smooth()
+    start = Start(torch.randn(3, 2, dtype=torch.double))
+    with pyro.get_param_store().scope():
+        losses.ELBO().loss_and_grads(vae, guides.Laplace(vae, start, num_steps=0), x)
+    assert start.start.grad.abs().max() > 1e-3
