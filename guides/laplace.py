@@ -102,7 +102,7 @@ class Laplace(DensityGuide):
         The posterior is a proper density whatever the search did, so the ELBO stays a bound; `mode(*args)` says
         where it did not converge (a model may have no joint mode at all: centred hierarchies).
         The implicit gradient uses the Hessian H, by conjugate gradients preconditioned with Lambda; for
-        piecewise-linear decoders Lambda is H. Where H is not positive definite they stop early, close to Lambda^{-1}.
+        piecewise-linear decoders Lambda is H. Where H is not positive definite Lambda takes its place.
         torch's own derivatives of layer and instance norms are wrong from the third on, which a full gradient needs:
         training such a model raises.
     """

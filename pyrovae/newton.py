@@ -100,7 +100,8 @@ def conjugate_gradient(
         precondition: r -> M^{-1} r with M close to Lambda; the start is then M^{-1} target.
 
     A row with negative curvature along a search direction p stops there. If it is the first one, the target itself, its
-    length becomes p'p / |p' Lambda p|; with a preconditioner it is that of the preconditioned target.
+    length becomes p'p / |p' Lambda p|. With a preconditioner the row goes back to the preconditioned target, and so does
+    one that is left with a larger residual than it began with.
     """
     solve = precondition or (lambda r: r)
     guess = solve(target)
@@ -110,10 +111,11 @@ def conjugate_gradient(
         else:
             s = guess.clone()
             r = target - product(s)
-        goal = tolerance * target.norm(dim=-1)
+        goal, first = tolerance * target.norm(dim=-1), r.norm(dim=-1)
         z = solve(r)
         p, rz = z, (r * z).sum(-1)
-        active = r.norm(dim=-1) > goal
+        active = first > goal
+        lost = torch.zeros_like(active)
         for iteration in range(num_steps):
             if not active.any():
                 break
@@ -123,6 +125,7 @@ def conjugate_gradient(
             if iteration == 0 and precondition is None:
                 size = torch.where(bend < 0, rz / bend.abs(), torch.ones_like(rz))
                 s = torch.where(bent.unsqueeze(-1), size.unsqueeze(-1) * target, s)
+            lost = lost | bent
             active = active & ~bent
             alpha = torch.where(active, rz / bend, torch.zeros_like(rz)).unsqueeze(-1)
             s, r = s + alpha * p, r - alpha * q
@@ -131,6 +134,9 @@ def conjugate_gradient(
             active = active & (r.norm(dim=-1) > goal)
             p = z + torch.where(active, new / rz, torch.zeros_like(rz)).unsqueeze(-1) * p
             rz = new
+        if precondition is not None:
+            lost = lost | (r.norm(dim=-1) > first)
+            s = torch.where(lost.unsqueeze(-1), guess, s)
     return s
 
 

@@ -57,6 +57,21 @@ def test_negative_curvature_gives_the_gradient():
     assert (found[3] - torch.linalg.solve(matrix[3], target[3])).abs().max() < 1e-9
 
 
+def test_a_preconditioned_row_with_negative_curvature_goes_back_to_its_start():
+    matrix, target = _systems()
+    close = torch.linalg.cholesky(matrix)
+    matrix = matrix.clone()
+    matrix[2] = matrix[2] - 3.0 * matrix[2].diagonal().mean() * torch.eye(5, dtype=torch.double)
+
+    def solve(r):
+        return torch.cholesky_solve(r[..., None], close)[..., 0]
+
+    found = conjugate_gradient(_times(matrix), target, num_steps=30, tolerance=1e-12, precondition=solve)
+    assert torch.linalg.eigvalsh(matrix[2]).min() < 0
+    torch.testing.assert_close(found[2], solve(target)[2])
+    assert (found[3] - torch.linalg.solve(matrix[3], target[3])).abs().max() < 1e-9
+
+
 def _models():
     torch.manual_seed(0)
     x = torch.randn(4, 9, dtype=torch.double)
