@@ -100,8 +100,8 @@ def conjugate_gradient(
         precondition: r -> M^{-1} r with M close to Lambda; the start is then M^{-1} target.
 
     A row with negative curvature along a search direction p stops there. If it is the first one, the target itself, its
-    length becomes p'p / |p' Lambda p|. With a preconditioner the row goes back to the preconditioned target, and so does
-    one that is left with a larger residual than it began with.
+    length becomes p'p / |p' Lambda p|. With a preconditioner the row goes back to the preconditioned target, and so
+    does one that is left with a larger residual than it began with.
     """
     solve = precondition or (lambda r: r)
     guess = solve(target)
