@@ -1,9 +1,10 @@
 """Mode finding by line-searched Newton-CG, a batch of problems at once.
 
 Each outer step solves Lambda s = g by a few conjugate-gradient iterations with products Lambda p (no matrix is
-formed), stops early at negative curvature (then s is what was reached, at first the gradient itself), and backtracks
-on the log-joint until it rises (Nocedal & Wright 2006, chapter 7). A datum that has converged stands still, so no
-datum's path depends on the others of its batch.
+formed) and ends them at negative curvature: s is what was reached, at first the gradient at the length the curvature
+suggests. It backtracks a few times until the log-joint rises (Nocedal & Wright 2006, chapter 7); where no trial was
+good enough the next step begins shorter. A datum that has converged stands still, so no datum's path depends on the
+others of its batch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def find_mode(
     """Climb the log-joint from `u: [B, D]`, without gradient; returns where it ended.
 
     Args:
-        objective: the log-joint `(u, beta) -> [B]` for step lengths, as `LogJoint.recorded` gives it.
+        objective: the log-joint `(u, beta) -> [B]` for step lengths, as `pyrovae.recording.recorded` gives it.
         num_steps: Newton steps at most.
         num_cg: conjugate-gradient iterations per step at most.
         tolerance: Newton decrement g's / 2 in nats below which a datum stands still.

@@ -6,6 +6,7 @@ to c, which is linear in it: no forward mode is needed. Matrices take all D dire
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -91,5 +92,11 @@ def _batched(value: Tensor, source: Tensor, vectors: Tensor, *, create_graph: bo
 
     try:
         return product(vectors, True)
-    except RuntimeError:  # an operation whose derivative cannot be vectorised (group norm): one by one
+    except RuntimeError as error:  # an operation whose derivative cannot be vectorised (group norm)
+        why = str(error).partition("\n")[0]
+        warnings.warn(
+            f"torch cannot vectorise the curvature's derivatives ({why}): "
+            "they are taken one direction at a time, which is right but slow",
+            stacklevel=2,
+        )
         return torch.stack([product(vector, False) for vector in vectors])
