@@ -11,8 +11,8 @@ default one finds the mode without a graph (`pyrovae.newton`) and differentiates
     d mu / d theta = H^{-1} d/d theta grad_u log p(x, mu),      H the negative Hessian at mu
 
 whose cost does not grow with the steps, and the covariance through products with Lambda instead of D directions
-(`pyrovae.precision_normal`). As the mode does not depend on where the search began, the encoder has a term
-of its own: it descends KL(N(mu_0, Lambda^{-1}) || q) = (mu_0 - mu)' Lambda (mu_0 - mu) / 2.
+(`pyrovae.precision_normal`). As the mode does not depend on where the search began, the encoder has a term of its own:
+it descends KL(N(mu_0, Lambda^{-1}) || q) = (mu_0 - mu)' Lambda (mu_0 - mu) / 2.
 """
 
 from __future__ import annotations
@@ -226,10 +226,13 @@ class Laplace(DensityGuide):
             path = slope - slope.detach()
             point = point + path  # the value stays; the hook below makes the gradient that of the mode
         precision, floored = curvature.precision(point, create_graph=train and not num_probes)
-        factor = torch.linalg.cholesky(precision.detach())
+        normal = None
+        if train and num_probes:
+            normal = PrecisionNormal(point, precision, curvature.products(point), num_probes)
+        factor = covariance_factor(precision.detach()) if normal is None else normal.scale_tril
 
         def newton(gradient: Tensor) -> Tensor:
-            return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+            return (factor @ (factor.mT @ gradient.unsqueeze(-1))).squeeze(-1)
 
         if train and path.requires_grad:
             path.register_hook(
@@ -241,7 +244,7 @@ class Laplace(DensityGuide):
         with torch.no_grad():
             decrement = 0.5 * (slope * newton(slope)).sum(-1)
         mode = Mode(point, precision, (decrement < self.tolerance) & ~floored, floored, decrement)
-        return _Found(mode, products=curvature.products(point) if train and num_probes else None)
+        return _Found(mode, normal)
 
     def _unrolled(self, log_joint: LogJoint, start: Tensor) -> Mode:
         """Explicit Newton steps, each differentiated where gradients are on."""
@@ -270,11 +273,11 @@ class Laplace(DensityGuide):
             return lengths[values.nan_to_num(nan=-torch.inf).argmax(0)]
 
     def _posterior(self, *args: Any, **kwargs: Any) -> Any:
-        return _exact(self._search(args, kwargs, exact=True).mode)
+        return self._search(args, kwargs, exact=True).posterior()
 
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         found = self._search(args, kwargs)
-        q = self._normal(found)
+        q = found.posterior()
 
         def write() -> None:
             emit(space.structure, q)
@@ -284,7 +287,7 @@ class Laplace(DensityGuide):
 
     def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         found = self._search(args, kwargs)
-        q = self._normal(found)
+        q = found.posterior()
         frozen = dist.MultivariateNormal(q.loc.detach(), scale_tril=q.scale_tril.detach())
         extra = share(found.term)
 
@@ -296,18 +299,18 @@ class Laplace(DensityGuide):
 
         return Sampler(draw, lambda u: frozen.log_prob(u) - extra)
 
-    def _normal(self, found: _Found) -> Any:
-        if found.products is None:
-            return _exact(found.mode)
-        return PrecisionNormal(found.mode.loc, found.mode.precision, found.products, self.num_probes)
-
 
 class _Found(NamedTuple):
-    """A search's end; where the precision has no gradient of its own, products that have; the encoder's term."""
+    """A search's end; the posterior where the mode's precision has no gradient of its own; the encoder's term."""
 
     mode: Mode
-    products: Callable[[Tensor], Tensor] | None = None
+    normal: PrecisionNormal | None = None
     term: Tensor | None = None
+
+    def posterior(self) -> Any:
+        if self.normal is not None:
+            return self.normal
+        return dist.MultivariateNormal(self.mode.loc, scale_tril=covariance_factor(self.mode.precision))
 
 
 def _require_third_derivatives(model: Any) -> None:
@@ -318,7 +321,3 @@ def _require_third_derivatives(model: Any) -> None:
                     f"torch's third derivatives of {type(module).__name__} are wrong, and Laplace with gradient='full' "
                     "needs them to train the model: use nn.RMSNorm or no norm in the decoder, or gradient='envelope'"
                 )
-
-
-def _exact(mode: Mode) -> Any:
-    return dist.MultivariateNormal(mode.loc, scale_tril=covariance_factor(mode.precision))

@@ -20,13 +20,10 @@ from torch import Tensor
 from pyrovae.fisher import FisherBlock, fisher, innermost
 from pyrovae.heads import Trunks, contract, gram, linear_head
 from pyrovae.latents import LogJoint
-from pyrovae.products import hessian, jacobian, negative_hessian, negative_hessians, sandwich, sandwiches
+from pyrovae.products import Form, hessian, jacobian, negative_hessian, negative_hessians, sandwich, sandwiches
 from pyrovae.sitewise import Run, Site, Treatment, run_at, treatment
 
 __all__ = ["Curvature", "Expansion", "Operator", "floor_eigenvalues"]
-
-
-Products = Callable[..., Callable[[Tensor], Tensor]]
 
 
 class Expansion(NamedTuple):
@@ -87,7 +84,7 @@ class Curvature:
         """Lambda(u), `[B, D, D]`, and where it was floored, `[B]`; with `create_graph` it can be differentiated (with
         respect to `u` too where `u` requires it)."""
         if self._trunks is not None and not create_graph:
-            return floor_eigenvalues(self._trunks.matrix(u), self.floor)
+            return floor_eigenvalues(self._trunks.detach().matrix(u), self.floor)
         with torch.enable_grad():
             point = u if create_graph and u.requires_grad else u.detach().requires_grad_()
             value, run = self._value(point)
@@ -97,8 +94,11 @@ class Curvature:
         """p -> Lambda(u) p for every p of `[T, B, D]`, not floored; can be differentiated, as `precision` can."""
         with torch.enable_grad():
             point = u if u.requires_grad else u.detach().requires_grad_()
-            value, run = self._value(point)
-            terms = self._terms(value, run, point, sandwiches, negative_hessians)
+            if self._trunks is not None:
+                terms = self._trunks.terms(point, sandwiches)
+            else:
+                value, run = self._value(point)
+                terms = self._terms(value, run, point, sandwiches, negative_hessians)
 
         def product(p: Tensor) -> Tensor:
             with torch.enable_grad():
@@ -116,12 +116,12 @@ class Curvature:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             if self._trunks is not None and objective is not None:
-                value, terms = objective(leaf, self.beta), self._trunks.products(leaf)
+                value, terms = objective(leaf, self.beta), self._trunks.detach().terms(leaf, sandwich)
             else:
                 value, run = self._value(leaf)
                 self._trunks = None if run is None else self._find_trunks(run, leaf)
                 if self._trunks is not None:
-                    terms = self._trunks.products(leaf)
+                    terms = self._trunks.detach().terms(leaf, sandwich)
                 else:
                     terms = self._terms(value, run, leaf, sandwich, negative_hessian)
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
@@ -207,7 +207,7 @@ class Curvature:
     # J' F J as a product
 
     def _terms(
-        self, value: Tensor, run: Run | None, u: Tensor, gauss_newton: Products, negative_hessian: Products
+        self, value: Tensor, run: Run | None, u: Tensor, gauss_newton: Form, negative_hessian: Form
     ) -> list[Callable[[Tensor], Tensor]]:
         """Terms of p -> Lambda p, in the form (of `pyrovae.products`) that is asked for."""
         if run is None:
@@ -222,7 +222,7 @@ class Curvature:
         return terms
 
     def _sandwiches(
-        self, seen: Site, parameters: tuple[str, ...], u: Tensor, form: Products
+        self, seen: Site, parameters: tuple[str, ...], u: Tensor, form: Form
     ) -> list[Callable[[Tensor], Tensor]]:
         blocks = _blocks(seen)
         head = linear_head(self.log_joint, seen, parameters, u)
@@ -246,10 +246,10 @@ class Curvature:
             middle = None if head is None else gram(seen, parameters, head.weight)
             if head is None or middle is None:
                 return None
-            parts.append((head.trunk, middle.detach()))
+            parts.append((head.trunk, middle))
         if sorted_sites.hessian or not parts:
             return None
-        return Trunks(self._closed(sorted_sites, run, leaf).detach(), tuple(parts))
+        return Trunks(self._closed(sorted_sites, run, leaf), tuple(parts))
 
 
 def floor_eigenvalues(precision: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import distributions as td
 
 from pyrovae.fisher import fisher, innermost
 from pyrovae.latents import LogJoint
-from pyrovae.products import jacobian, sandwich
+from pyrovae.products import Form, jacobian
 from pyrovae.sitewise import Site, run_at
 
 __all__ = ["Head", "Trunks", "contract", "gram", "linear_head"]
@@ -37,18 +37,21 @@ class Trunks(NamedTuple):
 
     Attributes:
         diagonal: d, `[B, D]`.
-        parts: pairs of trunk and G `[H, H]`, without gradient.
+        parts: pairs of trunk and G `[H, H]`.
     """
 
     diagonal: Tensor
     parts: tuple[tuple[Callable[[Tensor], Tensor], Tensor], ...]
 
-    def products(self, leaf: Tensor) -> list[Callable[[Tensor], Tensor]]:
-        """Terms of p -> Lambda p at `leaf`, which requires a gradient."""
+    def terms(self, u: Tensor, form: Form) -> list[Callable[[Tensor], Tensor]]:
+        """Terms of p -> Lambda p at `u`, which requires a gradient; d and G have one where `form` has."""
         terms: list[Callable[[Tensor], Tensor]] = [lambda p: self.diagonal * p]
         for trunk, middle in self.parts:
-            terms.append(sandwich(trunk(leaf), leaf, partial(_times, middle)))
+            terms.append(form(trunk(u), u, partial(_times, middle)))
         return terms
+
+    def detach(self) -> Trunks:
+        return Trunks(self.diagonal.detach(), tuple((trunk, middle.detach()) for trunk, middle in self.parts))
 
     def matrix(self, u: Tensor) -> Tensor:
         """Lambda, `[B, D, D]`."""

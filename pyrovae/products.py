@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["hessian", "jacobian", "negative_hessian", "negative_hessians", "sandwich", "sandwiches"]
+__all__ = ["Form", "hessian", "jacobian", "negative_hessian", "negative_hessians", "sandwich", "sandwiches"]
+
+Form = Callable[..., Callable[[Tensor], Tensor]]
 
 
 def jacobian(output: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
