@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
         "these settings in bare PyTorch, and hold for the quick preset only.",
         "The paper preset is the same comparison at 100 epochs on all images, selected on 5,000 of them.",
         '"Same time" arms trained until as many seconds had passed as the K = 20 arm took for its epochs. So early in '
-        "training, semi-amortized steps pay by the epoch and not by the clock: while they took five epochs, the plain VAE "
-        "took sixty and went far ahead.",
+        "training, semi-amortized steps pay by the epoch and not by the clock: while they took five epochs, the plain "
+        "VAE took sixty and went far ahead.",
     ),
 )
