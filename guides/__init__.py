@@ -14,6 +14,7 @@ else:
     from pyrovae.guides.laplace import Laplace
     from pyrovae.guides.local_svi import LocalSVI
     from pyrovae.guides.mixture import Mixture
+    from pyrovae.guides.recursive_mixture import RecursiveMixture
     from pyrovae.guides.semi_amortized import SemiAmortized
     from pyrovae.guides.short_run import ShortRun
 
@@ -23,10 +24,11 @@ else:
         "local-svi": LocalSVI,
         "laplace": Laplace,
         "mixture": Mixture,
+        "recursive-mixture": RecursiveMixture,
         "short-run": ShortRun,
     }
 
     __all__ = [
         "REGISTRY", "Amortized", "DensityGuide", "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture",
-        "SemiAmortized", "ShortRun",
+        "RecursiveMixture", "SemiAmortized", "ShortRun",
     ]  # fmt: skip

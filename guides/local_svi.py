@@ -130,4 +130,4 @@ class LocalSVI(OwnFamily, RefinedGuide):
 
 def _traits(base: FamilyGuide | None, family: Any) -> GuideTraits:
     """The family's, under this guide's name."""
-    return family_traits("LocalSVI", family) if base is None else replace(base.traits, name="LocalSVI")
+    return family_traits("LocalSVI", family) if base is None else replace(base.traits, name="LocalSVI", stages=False)

@@ -25,6 +25,7 @@ class GuideTraits:
         reparameterised: its whole gradient flows through its draws.
         gaussian_sites: every site's posterior is a Gaussian in closed form.
         stratified: offers weighted draws (`Guide.stratified`).
+        stages: is built up in stages, each with an objective of its own (`RecursiveMixture.stages`).
         latents: the latents it can treat.
         name: as messages and tables write it.
     """
@@ -34,6 +35,7 @@ class GuideTraits:
     reparameterised: bool = True
     gaussian_sites: bool = False
     stratified: bool = False
+    stages: bool = False
     latents: tuple[str, ...] = ("continuous",)
 
 
@@ -45,6 +47,7 @@ class LossTraits:
     needs_density: bool = True
     needs_reparameterised: bool = False
     needs_stratified: bool = False
+    needs_stages: bool = False
     needs_gaussian_sites: bool = False
 
 
@@ -77,6 +80,8 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         )
     if t.needs_stratified and not g.stratified:
         return f"{g.name} offers no stratified draws, which {t.name} needs: use losses.ELBO()"
+    if t.needs_stages and not g.stages:
+        return f"{g.name} is not built up in stages, which the recursive {t.name} needs: use losses.ELBO()"
     if t.needs_gaussian_sites and not g.gaussian_sites:
         return f"{g.name} has no Gaussian per site, which {t.name} needs"
     return None

@@ -33,6 +33,7 @@ from pyrovae.optim import Adam
 from pyrovae.plates import read_plate
 from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.runtime import evaluating, modules_of, preserve_rng, seeded
+from pyrovae.schedules import Block, RecursiveSchedule
 
 __all__ = ["FitResult", "fit"]
 
@@ -95,6 +96,7 @@ def fit(
     *,
     loss: Any = None,
     optimizer: Any = None,
+    schedule: RecursiveSchedule | None = None,
     epochs: int | None = None,
     max_steps: int | None = None,
     batch_size: int | None = None,
@@ -115,10 +117,13 @@ def fit(
     Args:
         data: a tensor `[N, ...]` or a tuple of them; rows are mini-batched and passed as positional arguments.
         batch_size: rows per step; 128 by default, all rows for a guide in joint mode (`plate=None`).
-        loss: a Pyro loss; by default the ELBO (stratified for mixtures, E_q log p(x,z) for guides without density).
+        loss: a Pyro loss; by default the ELBO (stratified for mixtures, recursive for recursive ones, E_q log p(x,z)
+            for guides without density).
         optimizer: a `pyro.optim` optimiser or scheduler; `pyrovae.optim.Adam(lr=1e-3)` by default. It must be
             a fresh one. A scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training
             objective).
+        schedule: blocks of parameters that take turns within every step (`pyrovae.schedules`); each is stepped by its
+            own objective and keeps its own state in the optimiser. None steps all at once.
         epochs, max_steps: when to stop; with both, whichever comes first. Default 50 epochs.
         transform: applied to the first tensor of every training batch (dynamic binarisation).
         kl_weight: a number, or a schedule over steps; its final value is recorded, and a run that ends before its
@@ -152,13 +157,15 @@ def fit(
         batch_size = len(tensors[0]) if getattr(guide, "plate", "data") is None else 128
     loss = default_loss(guide) if loss is None else loss
     require_compatible(model, guide, loss)
+    if schedule is not None:
+        schedule.require(guide, loss)
     optimizer = Adam(lr=1e-3) if optimizer is None else optimizer
     if optimizer.optim_objs:
         raise ValueError("the optimiser has stepped parameters before: pass a fresh one")
     epochs = 50 if epochs is None and max_steps is None else epochs
     began = time.perf_counter()
     outer = pyro.get_param_store()._params.copy()
-    run = _Run(model, guide, tensors, loss, optimizer, batch_size, transform, kl_weight, max_norm)
+    run = _Run(model, guide, tensors, loss, optimizer, schedule, batch_size, transform, kl_weight, max_norm)
     path = Path(checkpoint) if checkpoint is not None else None
     state: dict[str, Any] = {}
     try:
@@ -184,12 +191,14 @@ def fit(
 
 
 def default_loss(guide: Any) -> Any:
-    """The loss `fit` takes for a guide: ELBO, stratified where weights have no path gradient, E_q log p otherwise."""
+    """The loss `fit` takes for a guide: ELBO, stratified or recursive for mixtures, E_q log p without a density."""
     traits = getattr(guide, "traits", None)
     if traits is None:
         return Trace_ELBO()
     if not traits.has_density:
         return losses.ExpectedLogJoint()
+    if traits.stages:
+        return losses.RecursiveELBO()
     return losses.ELBO() if traits.reparameterised else losses.ELBO("stratified")
 
 
@@ -197,11 +206,12 @@ class _Run:
     """One training run inside its own store."""
 
     def __init__(
-        self, model: Any, guide: Any, tensors: tuple[Tensor, ...], loss: Any, optimizer: Any, batch_size: int,
-        transform: Any, kl_weight: Any, max_norm: float | None,
+        self, model: Any, guide: Any, tensors: tuple[Tensor, ...], loss: Any, optimizer: Any,
+        schedule: RecursiveSchedule | None, batch_size: int, transform: Any, kl_weight: Any, max_norm: float | None,
     ) -> None:  # fmt: skip
         self.model, self.guide, self.tensors, self.loss, self.optimizer = model, guide, tensors, loss, optimizer
-        self.batch_size, self.transform, self.kl_weight, self.max_norm = batch_size, transform, kl_weight, max_norm
+        self.schedule, self.batch_size, self.transform = schedule, batch_size, transform
+        self.kl_weight, self.max_norm = kl_weight, max_norm
         self.svi = SVI(model, guide, optimizer, loss)
         self.at = _Progress()
         self.bare: list[str] = []
@@ -228,6 +238,7 @@ class _Run:
         return {
             "data": fingerprint(self.tensors), "batch_size": self.batch_size,
             "seed": -1 if seed is None else seed, "set_of_frozen_weights": fingerprint(frozen),
+            "schedule": repr(self.schedule),
         }  # fmt: skip
 
     def create_parameters(self, outer: dict[str, Tensor]) -> None:
@@ -330,20 +341,28 @@ class _Run:
         return patience is not None and self.at.waited >= patience
 
     def _step(self, index: Tensor, beta: float) -> float:
-        """`svi.step`, with a look at the numbers before the optimiser moves; returns the loss summed over rows."""
+        """One step, of all parameters or block by block; returns the loss summed over rows."""
         rows = self._batch(index)
+        blocks = [None] if self.schedule is None else self.schedule.blocks(self.guide, self.loss, self.at.step)
+        for block in blocks:
+            loss = self._update(rows, beta, block)
+        return loss * self._rows_over_data(rows)
+
+    def _update(self, rows: tuple[Tensor, ...], beta: float, block: Block | None) -> float:
+        """`svi.step`, with a look at the numbers before the optimiser moves."""
         buffers = [buffer.clone() for buffer in self.buffers]
+        gradients = self.svi.loss_and_grads if block is None else block.loss.loss_and_grads
         with handlers.anneal(beta), poutine.trace(param_only=True) as capture:
-            loss = float(self.svi.loss_and_grads(self.model, self.guide, *rows))
+            loss = float(gradients(self.model, self.guide, *rows))
         # One entry per tensor, in the order of the programs: a set's order would change the rounding of the norm.
         named = {site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()}
-        parameters = list(named)
+        parameters = [p for p in named if block is None or block.owns(p)]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])  # not finite if any gradient is not
         bad: list[str] = []
         if not (math.isfinite(loss) and math.isfinite(norm)):  # a finite gradient's square may overflow
-            bad = [name for p, name in named.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            bad = [named[p] for p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()]
         if bad or not math.isfinite(loss):
-            pyro.infer.util.zero_grads(parameters)
+            pyro.infer.util.zero_grads(named)
             cause = diagnose_nan(self.model, self.guide, rows, loss, bad)
             for buffer, value in zip(self.buffers, buffers, strict=True):
                 buffer.copy_(value)
@@ -354,8 +373,8 @@ class _Run:
         if self.max_norm is not None:
             clip_grads_with_norm_(parameters, self.max_norm, norm)
         self.optimizer(parameters)
-        pyro.infer.util.zero_grads(parameters)
-        return loss * self._rows_over_data(rows)
+        pyro.infer.util.zero_grads(named)
+        return loss
 
     def _rows_over_data(self, rows: tuple[Tensor, ...]) -> float:
         """B / N of the data plate: the curve is in nats per datum whatever the plate's scale."""

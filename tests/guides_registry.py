@@ -52,6 +52,14 @@ def _mixture(model, pixels, dim, dtype=torch.float32):
     return guides.Mixture([amortized(model, pixels, dim, dtype) for _ in range(3)])
 
 
+def _recursive(model, pixels, dim, dtype=torch.float32):
+    return guides.RecursiveMixture(model, encoder(pixels, 2 * dim, dtype), 3)
+
+
+def _recursive_separate(model, pixels, dim, dtype=torch.float32):
+    return guides.RecursiveMixture(model, encoder(pixels, 2 * dim, dtype), 2, trunk="separate")
+
+
 def _semi(model, pixels, dim, dtype=torch.float32):
     return guides.SemiAmortized(amortized(model, pixels, dim, dtype), num_steps=3, step_size=0.05)
 
@@ -103,6 +111,8 @@ GUIDES = {
     "amortized-iaf": _iaf,
     "amortized-spline": _spline,
     "mixture": _mixture,
+    "recursive-mixture": _recursive,
+    "recursive-mixture-separate": _recursive_separate,
     "semi-amortized": _semi,
     "semi-amortized-mixture": _semi_mixture,
     "semi-amortized-detached": _semi_detached,

@@ -101,6 +101,8 @@ def test_the_matrix_of_guides_and_losses():
     for guide, names in found.items():
         if "short-run" in guide:
             assert names == {"E_q log p(x,z)"}, guide
+        elif "recursive" in guide:
+            assert names == strat | {"RecursiveELBO"}, guide
         elif "mixture" in guide:
             assert names == strat, guide
         elif "laplace" in guide:
@@ -113,13 +115,16 @@ def test_the_matrix_of_guides_and_losses():
 def test_subsampling_multiplies_afterwards(loss_name):
     """loss = -(N / B) sum of per_datum, and per_datum does not know N."""
     x, index = torch.randn(5, 1), torch.tensor([3, 4, 50, 98, 99])
-    net = nn.Linear(1, 2)
+    net, other = nn.Linear(1, 2), nn.Linear(1, 2)
     found = []
     for size in (100, 1000):
         def model(x, index, size=size):
             problems.subsampled(x, index, size)
 
-        guide, loss = guides.Amortized(model, net), losses.REGISTRY[loss_name]()
+        loss = losses.REGISTRY[loss_name]()
+        guide = guides.Amortized(model, net)
+        if loss.traits.needs_stages:
+            guide = guides.RecursiveMixture(model, [net, other], trunk="separate")
         torch.manual_seed(3)
         rows = loss.per_datum(model, guide, x, index)
         torch.manual_seed(3)
@@ -160,8 +165,10 @@ def test_annealing_of_every_loss():
     model = vae()
     for name, estimator in (
         ("amortized", "reparam"), ("amortized", "stl"), ("laplace", "reparam"), ("mixture", "stratified"),
+        ("recursive-mixture", "recursive"),
     ):  # fmt: skip
-        guide, loss = GUIDES[name](model, PIXELS, DIM, torch.float64), losses.ELBO(estimator)
+        guide = GUIDES[name](model, PIXELS, DIM, torch.float64)
+        loss = losses.RecursiveELBO() if estimator == "recursive" else losses.ELBO(estimator)
         values = []
         for beta in (0.0, 0.5, 1.0):
             torch.manual_seed(0)
@@ -256,9 +263,10 @@ def test_bad_arguments(make, message):
 
 
 def test_a_guide_of_another_model_is_refused():
-    guide = GUIDES["amortized"](vae(), PIXELS, DIM, torch.float64)
-    for name in losses.REGISTRY:
+    for name, loss in losses.REGISTRY.items():
         if name != "E_q log p(x,z)":
+            kind = "recursive-mixture" if loss().traits.needs_stages else "amortized"
+            guide = GUIDES[kind](vae(), PIXELS, DIM, torch.float64)
             with pytest.raises(IncompatibleError, match="another model"):
                 losses.REGISTRY[name]().loss(vae(), guide, data())
 

@@ -18,8 +18,8 @@ from pyrovae.certification.problems import Problem
 from pyrovae.families import Family, get_family
 
 __all__ = [
-    "Lookup", "NotCertified", "amortized", "flow", "laplace", "local", "mixture", "refined", "short_run", "unaided",
-    "wide_start",
+    "Lookup", "NotCertified", "amortized", "flow", "laplace", "local", "mixture", "recursive", "refined", "short_run",
+    "unaided", "wide_start",
 ]  # fmt: skip
 
 _DRAWS = 128  # per inner gradient of a refinement that is trained
@@ -91,11 +91,24 @@ def mixture(best: Best) -> guides.Mixture:
     problem = best.problem
     family = get_family("mixture", problem.dim)
     logits, locs, log_vars = (start(problem, family)[:, block] for block in family.blocks.values())
-    parts = [
-        guides.Amortized(problem.model, Lookup(problem.x, torch.cat(pair, -1)))
-        for pair in zip(locs.chunk(2, -1), log_vars.chunk(2, -1), strict=True)
-    ]
+    parts = [guides.Amortized(problem.model, table) for table in _pair(problem, locs, log_vars)]
     return guides.Mixture(parts, weights=Lookup(problem.x, logits))
+
+
+def recursive(best: Best) -> guides.RecursiveMixture:
+    """The same two, the second added to the first."""
+    problem = best.problem
+    family = get_family("mixture", problem.dim)
+    logits, locs, log_vars = (start(problem, family)[:, block] for block in family.blocks.values())
+    weights = Lookup(problem.x, logits[:, :1])
+    tables = _pair(problem, locs, log_vars)
+    return guides.RecursiveMixture(problem.model, tables, trunk="separate", weights=weights)
+
+
+def _pair(problem: Problem, locs: Tensor, log_vars: Tensor) -> list[Lookup]:
+    """Tables of the parameters of two components, `[B, 2 D]` each."""
+    pairs = zip(locs.chunk(2, -1), log_vars.chunk(2, -1), strict=True)
+    return [Lookup(problem.x, torch.cat(pair, -1)) for pair in pairs]
 
 
 def refined(best: Best, base: guides.FamilyGuide) -> guides.SemiAmortized:

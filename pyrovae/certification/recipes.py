@@ -21,6 +21,7 @@ from pyrovae.certification.builders import (
     laplace,
     local,
     mixture,
+    recursive,
     refined,
     short_run,
     unaided,
@@ -116,6 +117,10 @@ def _law(best: Best, *, from_guide: bool = False, num_leapfrog: int = 0) -> Law:
         raise NotCertified(str(error)) from error
 
 
+def by_stages() -> Any:
+    return losses.RecursiveELBO(num_particles=_DRAWS)
+
+
 _diagonal, _full_rank, _mixture = attrgetter("diagonal"), attrgetter("full_rank"), attrgetter("mixture")
 DIAGONAL, FULL_RANK = "the best diagonal Gaussian", "the best full-rank Gaussian"
 LOW_RANK, MIXTURE = "the best Gaussian of rank one plus diagonal", "the best mixture of two diagonal Gaussians"
@@ -140,6 +145,10 @@ RECIPES: dict[str, Recipe] = {
         lambda best: flow(best, lambda dim: flows.Spline(dim, 1, 3, (16,))), _diagonal, NESTED, plain, aim="at least"
     ),
     "mixture": Recipe(mixture, _mixture, MIXTURE, plain, LONG),
+    "recursive-mixture": Recipe(
+        recursive, _diagonal, "at least the best diagonal Gaussian; at most the best mixture of two", by_stages, LONG,
+        aim="at least", ceiling=_mixture,
+    ),
     "semi-amortized": Recipe(lambda best: refined(best, amortized(best)), _diagonal, DIAGONAL, path),
     "semi-amortized-mixture": Recipe(lambda best: refined(best, mixture(best)), _mixture, MIXTURE, plain, LONG),
     "semi-amortized-untrained": Recipe(unaided, _diagonal, DIAGONAL, calls=2),

@@ -5,6 +5,7 @@ from functools import partial
 from pyrovae.losses.elbo import ELBO
 from pyrovae.losses.iwae import IWAE
 from pyrovae.losses.joint import ExpectedLogJoint
+from pyrovae.losses.recursive import RecursiveELBO
 
 REGISTRY = {
     "ELBO": ELBO,
@@ -12,7 +13,8 @@ REGISTRY = {
     "ELBO(stratified)": partial(ELBO, "stratified"),
     "IWAE-5": partial(IWAE, 5),
     "IWAE-5(reparam)": partial(IWAE, 5, "reparam"),
+    "RecursiveELBO": RecursiveELBO,
     "E_q log p(x,z)": ExpectedLogJoint,
 }
 
-__all__ = ["ELBO", "IWAE", "REGISTRY", "ExpectedLogJoint"]
+__all__ = ["ELBO", "IWAE", "REGISTRY", "ExpectedLogJoint", "RecursiveELBO"]
