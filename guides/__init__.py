@@ -11,12 +11,16 @@ if __name__ == "guides":  # imported from the repository root: be the same packa
 else:
     from pyrovae.guides.amortized import Amortized
     from pyrovae.guides.base import DensityGuide, FamilyGuide, Guide
+    from pyrovae.guides.dais import DAIS
+    from pyrovae.guides.density_short_run import DensityShortRun
+    from pyrovae.guides.hvae import HVAE
     from pyrovae.guides.laplace import Laplace
     from pyrovae.guides.local_svi import LocalSVI
     from pyrovae.guides.mixture import Mixture
     from pyrovae.guides.recursive_mixture import RecursiveMixture
     from pyrovae.guides.semi_amortized import SemiAmortized
     from pyrovae.guides.short_run import ShortRun
+    from pyrovae.guides.step_size import tune_step_size
 
     REGISTRY = {
         "amortized": Amortized,
@@ -26,9 +30,12 @@ else:
         "mixture": Mixture,
         "recursive-mixture": RecursiveMixture,
         "short-run": ShortRun,
+        "density-short-run": DensityShortRun,
+        "dais": DAIS,
+        "hvae": HVAE,
     }
 
     __all__ = [
-        "REGISTRY", "Amortized", "DensityGuide", "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture",
-        "RecursiveMixture", "SemiAmortized", "ShortRun",
+        "DAIS", "HVAE", "REGISTRY", "Amortized", "DensityGuide", "DensityShortRun", "FamilyGuide", "Guide", "Laplace",
+        "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "ShortRun", "tune_step_size",
     ]  # fmt: skip

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
 from pyrovae import handlers, noise
@@ -20,6 +19,7 @@ from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.emission import emit_draws
 from pyrovae.guides.base import Guide
+from pyrovae.guides.chain import particles
 from pyrovae.latents import LatentSpace
 from pyrovae.recording import recorded
 from pyrovae.samplers import hmc, init, langevin
@@ -55,11 +55,9 @@ class ShortRun(Guide):
         plate: str | None = "data",
         batched: Batched = "auto",
     ) -> None:
-        if num_steps < 1 or num_leapfrog < 1:
-            raise ValueError("ShortRun needs num_steps >= 1 and num_leapfrog >= 1")
-        steps = [float(step_size)] * num_steps if isinstance(step_size, int | float) else [float(s) for s in step_size]
-        if len(steps) != num_steps or min(steps) <= 0:
-            raise ValueError(f"step_size must be positive, one number or one per step ({num_steps})")
+        steps = step_sizes(num_steps, step_size)
+        if num_leapfrog < 1:
+            raise ValueError(f"ShortRun needs num_leapfrog >= 1, got {num_leapfrog}")
         if kernel not in ("langevin", "hmc"):
             raise ValueError(f"kernel must be 'langevin' or 'hmc', got {kernel!r}")
         if init is not None and (init.model is not model or init.plate != plate):
@@ -96,15 +94,16 @@ class ShortRun(Guide):
         return state.u
 
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        # Plain code in a guide runs once for all vectorised particles: run one chain per particle.
-        particles = [frame for frame in get_plates() if frame.vectorized]
-        if len(particles) > 1:
-            raise NotImplementedError(
-                f"ShortRun inside the plates {[frame.name for frame in particles]}: only Pyro's particle plate is known"
-            )
-        u = self._draws(particles[0].size if particles else 1, *args, **kwargs)
-        if not particles:
-            return lambda: emit_draws(space.structure, u[0])
-        padding = -1 - particles[0].dim - (0 if space.plate is None else 1)
-        u = u.reshape(len(u), *[1] * padding, *u.shape[1:])
+        number, shape = particles("ShortRun", space)
+        u = shape(self._draws(number, *args, **kwargs), 1)
         return lambda: emit_draws(space.structure, u)
+
+
+def step_sizes(num_steps: int, step_size: float | Sequence[float]) -> list[float]:
+    """One step size for each of K steps."""
+    if num_steps < 1:
+        raise ValueError(f"a short run needs num_steps >= 1, got {num_steps}")
+    sizes = [float(step_size)] * num_steps if isinstance(step_size, int | float) else [float(s) for s in step_size]
+    if len(sizes) != num_steps or not min(sizes) > 0:
+        raise ValueError(f"step_size must be positive, one number or one per step ({num_steps})")
+    return sizes

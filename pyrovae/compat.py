@@ -22,6 +22,7 @@ class GuideTraits:
 
     Attributes:
         has_density: log q(z | x) can be evaluated.
+        marginal: it is the density of z itself, not of z together with what a chain drew on the way.
         reparameterised: its whole gradient flows through its draws.
         gaussian_sites: every site's posterior is a Gaussian in closed form.
         stratified: offers weighted draws (`Guide.stratified`).
@@ -32,6 +33,7 @@ class GuideTraits:
 
     name: str
     has_density: bool = True
+    marginal: bool = True
     reparameterised: bool = True
     gaussian_sites: bool = False
     stratified: bool = False
@@ -45,6 +47,7 @@ class LossTraits:
 
     name: str
     needs_density: bool = True
+    needs_marginal: bool = False
     needs_reparameterised: bool = False
     needs_stratified: bool = False
     needs_stages: bool = False
@@ -73,6 +76,11 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return f"{g.name} has draws but no density, which {t.name} needs: train it with losses.ExpectedLogJoint()"
     if not t.needs_density and g.has_density:
         return f"{t.name} ignores the density that {g.name} has: train it with losses.ELBO()"
+    if t.needs_marginal and not g.marginal:
+        return (
+            f"{g.name} has the density of its whole chain alone, which the gradient of this {t.name} cannot use: take "
+            "losses.ELBO(), or losses.IWAE(K, estimator='reparam')"
+        )
     if t.needs_reparameterised and not g.reparameterised:
         return (
             f"{g.name} is not fully reparameterised, which {t.name} needs: use losses.ELBO(estimator='stratified'), "

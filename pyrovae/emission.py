@@ -6,6 +6,7 @@
     and every site as a `Delta` without log-density. (A `Delta` that carries the Jacobian is dropped by
     `TraceMeanField_ELBO`.)
 (c) Draws without a density (chains): `Delta`s only.
+(d) Draws with a log-density that no distribution has (chains on an augmented space): `Delta`s and one factor.
 
 Pyro builds a score-function term from *model* sites only. For a packed mixture, whose weights need a score, the
 missing part -(log q - log|det|) * score is added to the factor as a term that is zero in value.
@@ -27,7 +28,7 @@ from pyrovae.mixture import MixtureOfNormals
 from pyrovae.precision_normal import PrecisionNormal
 from pyrovae.sites import LatentSite, bijection, to_constrained
 
-__all__ = ["emit", "emit_draws", "site_posteriors"]
+__all__ = ["emit", "emit_draws", "emit_weighted", "site_posteriors"]
 
 AUXILIARY = "_u"
 
@@ -48,6 +49,15 @@ def emit_draws(structure: Structure, u: Tensor) -> None:
     """Emit given draws `u: [..., B, D]` as `Delta`s without log-density."""
     for site in structure.sites:
         _emit_delta(site, to_constrained(site, structure.block(site, u, padded=True)))
+
+
+def emit_weighted(structure: Structure, u: Tensor, log_q: Tensor) -> None:
+    """Emit draws `u: [..., B, D]` with log q `[..., B]` at them; the data plate must be open (local mode)."""
+    total = log_q.squeeze(-1) if structure.joint else log_q
+    values, log_det = _constrained(structure, u, torch.zeros_like(total))
+    pyro.factor("_log_q", total - log_det, has_rsample=True)
+    for site in structure.sites:
+        _emit_delta(site, values[site.name])
 
 
 def site_posteriors(structure: Structure, guide_trace: Any) -> dict[str, Any]:
@@ -95,14 +105,8 @@ def _emit_packed(structure: Structure, q: Any) -> None:
         q = MixtureOfNormals(q.logits[0], q.locs[0], q.scales[0]) if isinstance(q, MixtureOfNormals) else q.to_event(1)
     value = pyro.sample(AUXILIARY, q, infer={"is_auxiliary": True})
     u = value.unsqueeze(-2) if joint and isinstance(q, MixtureOfNormals) else value
-    log_det = torch.zeros(value.shape[: value.dim() - len(q.event_shape)], dtype=u.dtype, device=u.device)
-    values = {}
-    for site in structure.sites:
-        block = structure.block(site, u, padded=True)
-        values[site.name] = to_constrained(site, block)
-        if not site.is_real:
-            term = bijection(site).log_abs_det_jacobian(block, values[site.name])
-            log_det = log_det + _per_row(structure, site, term, log_det.shape)
+    start = torch.zeros(value.shape[: value.dim() - len(q.event_shape)], dtype=u.dtype, device=u.device)
+    values, log_det = _constrained(structure, u, start)
     factor = -log_det
     if isinstance(q, MixtureOfNormals):
         score = q.score(value)
@@ -111,6 +115,18 @@ def _emit_packed(structure: Structure, q: Any) -> None:
     pyro.factor("_log_det", factor, has_rsample=True)
     for site in structure.sites:
         _emit_delta(site, values[site.name])
+
+
+def _constrained(structure: Structure, u: Tensor, log_det: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Every site's value in the model's space, and `log_det` with log |det dz/du| added."""
+    values = {}
+    for site in structure.sites:
+        block = structure.block(site, u, padded=True)
+        values[site.name] = to_constrained(site, block)
+        if not site.is_real:
+            term = bijection(site).log_abs_det_jacobian(block, values[site.name])
+            log_det = log_det + _per_row(structure, site, term, log_det.shape)
+    return values, log_det
 
 
 def _per_row(structure: Structure, site: LatentSite, term: Tensor, shape: torch.Size) -> Tensor:

@@ -102,6 +102,22 @@ def _short_run_from_guide(model, pixels, dim, dtype=torch.float32):
     )
 
 
+def _dais(model, pixels, dim, dtype=torch.float32):
+    return guides.DAIS(amortized(model, pixels, dim, dtype), num_steps=3)
+
+
+def _dais_full(model, pixels, dim, dtype=torch.float32):
+    return guides.DAIS(_full(model, pixels, dim, dtype), num_steps=2, step_size=0.3)
+
+
+def _hvae(model, pixels, dim, dtype=torch.float32):
+    return guides.HVAE(amortized(model, pixels, dim, dtype), num_steps=3)
+
+
+def _density_short_run(model, pixels, dim, dtype=torch.float32):
+    return guides.DensityShortRun(model, num_steps=3, step_size=0.05)
+
+
 GUIDES = {
     "amortized": amortized,
     "amortized-full-rank": _full,
@@ -123,5 +139,10 @@ GUIDES = {
     "laplace-averaged": _laplace_averaged,
     "short-run": _short_run,
     "short-run-hmc": _short_run_from_guide,
+    "density-short-run": _density_short_run,
+    "dais": _dais,
+    "dais-full-rank": _dais_full,
+    "hvae": _hvae,
 }
 DENSITY = {name: build for name, build in GUIDES.items() if not name.startswith("short-run")}
+MARGINAL = {name: build for name, build in DENSITY.items() if not name.startswith(("dais", "hvae", "density"))}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -34,7 +34,7 @@ def require_pair(model: Any, guide: Any, loss: Any) -> None:
 class PerDatumLoss(PyroELBO):
     """A loss computed from a guide's own hooks; subclasses give `_per_datum`."""
 
-    traits: ClassVar[LossTraits]
+    traits: LossTraits
 
     def __init__(self, num_particles: int = 1) -> None:
         if num_particles < 1:

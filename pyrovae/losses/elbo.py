@@ -125,7 +125,7 @@ def _terms(model_trace: Any, guide_trace: Any, plate: str | None) -> Tensor:
 class PathELBO(PerDatumLoss):
     """log p(x, u) - log q(u), q's parameters held constant inside log q: sticking the landing."""
 
-    traits = LossTraits(name="ELBO", needs_reparameterised=True)
+    traits = LossTraits(name="ELBO", needs_marginal=True, needs_reparameterised=True)
 
     def _per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         sampler = guide._sampler(*args, **kwargs)

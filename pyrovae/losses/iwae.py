@@ -24,6 +24,7 @@ It is not always the quieter one, see `pyrovae.losses.elbo`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,7 @@ class IWAE(PerDatumLoss):
         if estimator not in ("dreg", "reparam"):
             raise ValueError(f"the estimator of an IWAE must be 'dreg' or 'reparam', got {estimator!r}")
         self.estimator = estimator
+        self.traits = replace(type(self).traits, needs_marginal=estimator == "dreg")
 
     @property
     def name(self) -> str:

@@ -5,6 +5,6 @@ Each sampler is a module with `init(log_density, u) -> State` and `step(state, l
 """
 
 from pyrovae.samplers import hmc, langevin
-from pyrovae.samplers.state import Info, State, init
+from pyrovae.samplers.state import Info, LogDensity, State, init, slope
 
-__all__ = ["Info", "State", "hmc", "init", "langevin"]
+__all__ = ["Info", "LogDensity", "State", "hmc", "init", "langevin", "slope"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Info", "LogDensity", "State", "init"]
+__all__ = ["Info", "LogDensity", "State", "init", "slope"]
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -37,3 +37,13 @@ def init(log_density: LogDensity, u: Tensor) -> State:
         # Rows are independent: the gradient of the sum is every row's own.
         (gradient,) = torch.autograd.grad(value.sum(), point)
     return State(point.detach(), value.detach(), gradient)
+
+
+def slope(log_density: LogDensity, u: Tensor) -> Tensor:
+    """The gradient at `u`, `[..., B, D]`; where gradients are on it can be differentiated, with respect to whatever
+    the log-density depends on."""
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = u if create and u.requires_grad else u.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_density(point).sum(), point, create_graph=create)
+    return gradient

@@ -1,0 +1,83 @@
+"""What guides that draw by chains share: one chain per particle, and densities on an augmented space.
+
+A chain whose steps are deterministic given its noise (momenta, refreshments) has a density of everything it drew. With
+r the density of a reversed chain that starts at the end point u_K,
+
+    log p(x, u_K) - log q,     log q = log q(u_0, noise) - log r(noise | u_K)
+
+is an importance weight: its exponential has the mean p(x), so its mean is a lower bound of log p(x). The density of u_K
+alone is not known.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from pyro.poutine.runtime import get_plates
+from torch import Tensor
+
+from pyrovae.emission import emit_weighted
+from pyrovae.errors import NoDensityError
+from pyrovae.guides.base import DensityGuide, FamilyGuide, Sampler
+from pyrovae.guides.refined import start_of
+from pyrovae.guides.side_term import share
+from pyrovae.latents import LatentSpace
+
+__all__ = ["ChainGuide", "from_base", "particles", "require_gaussian"]
+
+
+def particles(name: str, space: LatentSpace) -> tuple[int, Callable[[Tensor, int], Tensor]]:
+    """How many chains Pyro's particle plate asks for, and what shapes their results `[P, B, ...]` for it.
+
+    Plain code in a guide runs once for all vectorised particles, so it must be told to run one chain for each. The
+    second argument of the function that shapes is the number of dims after the row.
+    """
+    frames = [frame for frame in get_plates() if frame.vectorized]
+    if len(frames) > 1:
+        raise NotImplementedError(
+            f"{name} inside the plates {[frame.name for frame in frames]}: only Pyro's particle plate is known"
+        )
+    if not frames:
+        return 1, lambda value, after: value[0]
+    padding = -1 - frames[0].dim - (0 if space.plate is None else 1)
+    return frames[0].size, lambda value, after: value.reshape(len(value), *[1] * padding, *value.shape[1:])
+
+
+class ChainGuide(DensityGuide):
+    """A guide that draws `u` together with the density of the whole chain."""
+
+    @abstractmethod
+    def _chain(self, *args: Any, **kwargs: Any) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Number S -> end points `[S, B, D]` and log q of the chains `[S, B]`; part of a program."""
+
+    def _posterior(self, *args: Any, **kwargs: Any) -> Any:
+        raise NoDensityError(
+            f"{type(self).__name__} knows the density of its whole chain, not that of the end point: use "
+            "guide.log_weights (which are valid importance weights), or guide.sample for draws"
+        )
+
+    def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        return Sampler(self._chain(*args, **kwargs), self._posterior)
+
+    def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+        number, shape = particles(type(self).__name__, space)
+        u, log_q = self._chain(*args, **kwargs)(number)
+        return lambda: emit_weighted(space.structure, shape(u, 1), shape(log_q, 0))
+
+
+def require_gaussian(name: str, base: Any) -> FamilyGuide:
+    """Raise unless a guide has a Gaussian family to start chains from."""
+    if not isinstance(base, FamilyGuide) or not base.traits.gaussian_sites:
+        raise TypeError(
+            f"{name} starts from a guide with a Gaussian family (Amortized with 'diagonal', 'full-rank' or 'low-rank', "
+            f"SemiAmortized or LocalSVI on one), got {base!r}"
+        )
+    return base
+
+
+def from_base(base: FamilyGuide, *args: Any, **kwargs: Any) -> tuple[Any, Any, Tensor, Tensor | float]:
+    """A base's family, its distribution, its `lam`, and the term that trains what it was refined from."""
+    family, refined = base.family(*args, **kwargs), start_of(base, *args, **kwargs)
+    return family, family(refined.lam), refined.lam, share(refined.term)

@@ -1,0 +1,110 @@
+"""Hamiltonian variational inference (Caterini, Doucet & Sejdinovic 2018): tempered leapfrog steps from a base guide.
+
+    u_0 ~ q_0(u | x),   gamma ~ N(0, I),   v_0 = gamma / sqrt(beta_0);      K times:
+    v~ = v + (e/2) grad log p(x, u),   u <- u + e v~,   v' = v~ + (e/2) grad log p(x, u)
+    v <- sqrt(beta_{k-1} / beta_k) v'
+
+    ELBO = E[ log p(x, u_K) + log N(v_K) - log q_0(u_0) - log N(gamma) ]
+
+with beta_0 in (0, 1] and beta_K = 1. Leapfrog steps keep volumes; the tempering multiplies them by beta_0^{D/2} in all,
+which cancels the density of v_0. After a start with much energy the momentum is cooled down, by the schedule
+
+    1 / sqrt(beta_k) = (1 - 1 / sqrt(beta_0)) (k / K)^2 + 1 / sqrt(beta_0)
+
+The flow is deterministic given gamma, and what it may learn from the datum is in its gradients. Step sizes (one for
+each dimension, in standard deviations of the base) and beta_0 are learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrovae import handlers, noise
+from pyrovae.compat import GuideTraits
+from pyrovae.guides.base import FamilyGuide
+from pyrovae.guides.chain import ChainGuide, from_base, require_gaussian
+from pyrovae.recording import recorded
+from pyrovae.samplers import slope
+
+__all__ = ["HVAE"]
+
+
+class HVAE(ChainGuide):
+    """A Gaussian guide followed by K leapfrog steps on the log-joint.
+
+    Args:
+        base: a guide with a Gaussian family: the start, trained with the flow.
+        num_steps: K >= 0; 0 is the base itself.
+        step_size: where e begins, in standard deviations of the base.
+        max_step_size: e stays below.
+        temperature: beta_0 at the beginning, in (0, 1]; 1 switches tempering off and is then not learnt.
+        dim: D, for a step size of each dimension; None shares one.
+    """
+
+    traits = GuideTraits(name="HVAE", marginal=False)
+
+    def __init__(
+        self,
+        base: FamilyGuide,
+        num_steps: int = 4,
+        *,
+        step_size: float = 0.1,
+        max_step_size: float = 1.0,
+        temperature: float = 0.9,
+        dim: int | None = None,
+    ) -> None:
+        base = require_gaussian("HVAE", base)
+        if num_steps < 0:
+            raise ValueError(f"HVAE needs num_steps >= 0, got {num_steps}")
+        if not 0 < step_size < max_step_size:
+            raise ValueError(f"step_size must lie between 0 and max_step_size={max_step_size:g}, got {step_size:g}")
+        if not 0 < temperature <= 1:
+            raise ValueError(f"temperature must lie in (0, 1], got {temperature:g}")
+        super().__init__(base.model, plate=base.plate, batched=base.batched)
+        self.base, self.num_steps, self.max_step_size = base, num_steps, max_step_size
+        like = next(base.parameters(), torch.zeros(()))
+        if num_steps:
+            begin = math.log(step_size / (max_step_size - step_size))
+            self.step = nn.Parameter(torch.full((dim or 1,), begin).to(like))
+            if temperature < 1:
+                self.heat = nn.Parameter(torch.tensor(math.log(temperature / (1 - temperature))).to(like))
+        self.tempered = bool(num_steps) and temperature < 1
+
+    def _describe(self) -> str:
+        return f"base={self.base!r}, num_steps={self.num_steps}, "
+
+    def schedule(self) -> Tensor:
+        """1 / sqrt(beta_k), `[K + 1]`."""
+        times = torch.linspace(0, 1, self.num_steps + 1).to(next(self.parameters()))
+        if not self.tempered:
+            return torch.ones_like(times)
+        hottest = self.heat.sigmoid().rsqrt()
+        return (1 - hottest) * times.square() + hottest
+
+    def _chain(self, *args: Any, **kwargs: Any) -> Callable[[int], tuple[Tensor, Tensor]]:
+        log_joint, beta = self.space(*args, **kwargs).bind(*args, **kwargs), handlers.kl_weight()
+        family, q, lam, extra = from_base(self.base, *args, **kwargs)
+
+        def run(number: int) -> tuple[Tensor, Tensor]:
+            u, log_q = family.rsample_and_log_prob(lam, noise.normal(number, len(lam), family.noise_dim, like=lam))
+            if not self.num_steps:
+                return u, log_q - extra
+            density = recorded(log_joint, u.detach())
+            gamma = noise.normal(number, len(lam), family.dim, like=lam)
+            size = self.max_step_size * self.step.sigmoid() * q.stddev
+            heat = self.schedule()
+            v = gamma * heat[0]
+            force = slope(lambda point: density(point, beta), u)
+            for k in range(self.num_steps):
+                v = v + 0.5 * size * force
+                u = u + size * v
+                force = slope(lambda point: density(point, beta), u)
+                v = (v + 0.5 * size * force) * (heat[k + 1] / heat[k])
+            return u, log_q + 0.5 * (v.square() - gamma.square()).sum(-1) - extra
+
+        return run
