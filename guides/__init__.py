@@ -11,6 +11,7 @@ if __name__ == "guides":  # imported from the repository root: be the same packa
 else:
     from pyrovae.guides.amortized import Amortized
     from pyrovae.guides.base import DensityGuide, FamilyGuide, Guide
+    from pyrovae.guides.boosted_vi import BoostedVI
     from pyrovae.guides.dais import DAIS
     from pyrovae.guides.density_short_run import DensityShortRun
     from pyrovae.guides.hvae import HVAE
@@ -24,6 +25,7 @@ else:
 
     REGISTRY = {
         "amortized": Amortized,
+        "boosted-vi": BoostedVI,
         "semi-amortized": SemiAmortized,
         "local-svi": LocalSVI,
         "laplace": Laplace,
@@ -36,6 +38,6 @@ else:
     }
 
     __all__ = [
-        "DAIS", "HVAE", "REGISTRY", "Amortized", "DensityGuide", "DensityShortRun", "FamilyGuide", "Guide", "Laplace",
-        "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "ShortRun", "tune_step_size",
+        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "DensityGuide", "DensityShortRun", "FamilyGuide", "Guide",
+        "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "ShortRun", "tune_step_size",
     ]  # fmt: skip

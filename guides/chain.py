@@ -11,10 +11,12 @@ alone is not known.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
@@ -60,6 +62,11 @@ class ChainGuide(DensityGuide):
 
     def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         return Sampler(self._chain(*args, **kwargs), self._posterior)
+
+    def stratified(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Equally weighted draws: log-weights `[S, B]`, draws `[S, B, D]`, log q `[S, B]`."""
+        u, log_q = self._chain(*args, **kwargs)(num_samples)
+        return torch.full_like(log_q, -math.log(num_samples)), u, log_q
 
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         number, shape = particles(type(self).__name__, space)

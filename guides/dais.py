@@ -63,7 +63,7 @@ class DAIS(ChainGuide):
         torch.Size([10, 3])
     """
 
-    traits = GuideTraits(name="DAIS", marginal=False)
+    traits = GuideTraits(name="DAIS", marginal=False, stratified=True)
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ class DensityShortRun(ChainGuide):
         where steps were not injective, so that the weights are no bound.
     """
 
-    traits = GuideTraits(name="DensityShortRun", marginal=False)
+    traits = GuideTraits(name="DensityShortRun", marginal=False, stratified=True)
 
     def __init__(
         self,
@@ -86,6 +86,10 @@ class DensityShortRun(ChainGuide):
         """The share of steps that were not injective, `[B]`: 0 where `log_weights` gives a bound."""
         with self._aside(), torch.no_grad():
             return self._walk(num_samples, *args, **kwargs)[2].mean(0)
+
+    def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            return self._walk(num_samples, *args, **kwargs)[0]  # draws alone claim no bound
 
     def _chain(self, *args: Any, **kwargs: Any) -> Callable[[int], tuple[Tensor, Tensor]]:
         def run(number: int) -> tuple[Tensor, Tensor]:

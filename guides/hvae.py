@@ -46,7 +46,7 @@ class HVAE(ChainGuide):
         dim: D, for a step size of each dimension; None shares one.
     """
 
-    traits = GuideTraits(name="HVAE", marginal=False)
+    traits = GuideTraits(name="HVAE", marginal=False, stratified=True)
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyrovae import flows, guides
+from pyrovae.ascent import Ascent
 from pyrovae.nets import MLP
 
 
@@ -102,6 +103,11 @@ def _short_run_from_guide(model, pixels, dim, dtype=torch.float32):
     )
 
 
+def _boosted(model, pixels, dim, dtype=torch.float32):  # few steps: tests call it thousands of times
+    few = {"restarts": 2, "num_steps": 2, "num_samples": 2, "num_draws": 8, "first": Ascent(max_steps=3, num_samples=2)}
+    return guides.BoostedVI(model, 2, weights="fixed", **few)
+
+
 def _dais(model, pixels, dim, dtype=torch.float32):
     return guides.DAIS(amortized(model, pixels, dim, dtype), num_steps=3)
 
@@ -129,6 +135,7 @@ GUIDES = {
     "mixture": _mixture,
     "recursive-mixture": _recursive,
     "recursive-mixture-separate": _recursive_separate,
+    "boosted-mixture": _boosted,
     "semi-amortized": _semi,
     "semi-amortized-mixture": _semi_mixture,
     "semi-amortized-detached": _semi_detached,

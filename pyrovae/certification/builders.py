@@ -18,8 +18,8 @@ from pyrovae.certification.problems import Problem
 from pyrovae.families import Family, get_family
 
 __all__ = [
-    "Lookup", "NotCertified", "amortized", "flow", "laplace", "local", "mixture", "recursive", "refined", "short_run",
-    "unaided", "wide_start",
+    "Lookup", "NotCertified", "amortized", "boosted", "dais", "density_short_run", "flow", "hvae", "laplace", "local",
+    "mixture", "recursive", "refined", "short_run", "unaided", "wide_start",
 ]  # fmt: skip
 
 _DRAWS = 128  # per inner gradient of a refinement that is trained
@@ -135,6 +135,22 @@ def laplace(best: Best, **options: Any) -> guides.Laplace:
 def wide_start(problem: Problem) -> tuple[Tensor, Tensor]:
     """Location and scale of a Gaussian for chains to start from: the posterior's, shifted by half a deviation."""
     return problem.truth.mean + 0.5 * problem.truth.sd, problem.truth.sd
+
+
+def boosted(best: Best) -> guides.BoostedVI:
+    return guides.BoostedVI(best.problem.model, 2, num_draws=2000)
+
+
+def dais(best: Best) -> guides.DAIS:
+    return guides.DAIS(amortized(best), 4)
+
+
+def hvae(best: Best) -> guides.HVAE:
+    return guides.HVAE(amortized(best), 3, dim=best.problem.dim)
+
+
+def density_short_run(best: Best, num_steps: int) -> guides.DensityShortRun:
+    return guides.DensityShortRun(best.problem.model, num_steps, best.step)
 
 
 def short_run(best: Best, num_steps: int, *, from_guide: bool = False, num_leapfrog: int = 0) -> guides.ShortRun:

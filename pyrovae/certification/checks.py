@@ -235,7 +235,12 @@ def _elbo(weights: Tensor, standard: Candidates, near: Tensor, best: Best, recip
     if recipe.aim == "best":
         return _within(value - target, se, rule.elbo, _ROUNDING)
     ceiling = best.problem.truth.log_evidence if recipe.ceiling is None else recipe.ceiling(best).best
-    return _within(value - target, se, rule.elbo, ceiling - target + _ROUNDING, ">")
+    error, above = value - target, ceiling - target + _ROUNDING
+    if recipe.pooled:
+        whole = _within(error.mean(), se.square().sum().sqrt() / len(se), rule.elbo, above.mean(), ">")
+        each = _within(error, se, math.inf, above, ">")
+        return whole if each.ok else each
+    return _within(error, se, rule.elbo, above, ">")
 
 
 def _evidence(weights: Tensor, own: Members, best: Best, recipe: Recipe, seed: int) -> Error:

@@ -17,7 +17,11 @@ from pyrovae.certification.best import Best, Candidates
 from pyrovae.certification.builders import (
     NotCertified,
     amortized,
+    boosted,
+    dais,
+    density_short_run,
     flow,
+    hvae,
     laplace,
     local,
     mixture,
@@ -34,6 +38,7 @@ __all__ = ["RECIPES", "SEARCHED", "Law", "Recipe", "Rule"]
 
 LONG = 500  # SVI steps for what is slow: a component that has lost its weight, vectors that all data share
 CHAIN, LEAPFROG = 8, 3  # steps of short runs, and leapfrog steps within one of HMC
+_CHAINS = 64  # of what is slower still
 _DRAWS, _MANY_DRAWS = 512, 2048  # per datum and SVI step: noise is what keeps training from the optimum
 
 
@@ -78,6 +83,7 @@ class Recipe:
         aim: "best": the standard is the best member of the guide's family; "definition": what the guide is defined to
             be, at any mode or fixed point; "at least": the guide must be no worse, and its moments are not judged.
         ceiling: with "at least", the family whose best member bounds the ELBO from above; None is log p(x).
+        pooled: some parameters serve all data, so only their mean ELBO is bounded from below.
         calls: how often the posterior is found anew while the draws are taken (more where finding it is random).
     """
 
@@ -90,6 +96,7 @@ class Recipe:
     rule: Rule = Rule()
     aim: Literal["best", "definition", "at least"] = "best"
     ceiling: Callable[[Best], Candidates] | None = None
+    pooled: bool = False
     calls: int = 20
 
 
@@ -117,6 +124,11 @@ def _law(best: Best, *, from_guide: bool = False, num_leapfrog: int = 0) -> Law:
         raise NotCertified(str(error)) from error
 
 
+def chains() -> Any:
+    """Plain draws, fewer."""
+    return losses.ELBO("stratified", num_particles=_CHAINS)
+
+
 def by_stages() -> Any:
     return losses.RecursiveELBO(num_particles=_DRAWS)
 
@@ -124,6 +136,7 @@ def by_stages() -> Any:
 _diagonal, _full_rank, _mixture = attrgetter("diagonal"), attrgetter("full_rank"), attrgetter("mixture")
 DIAGONAL, FULL_RANK = "the best diagonal Gaussian", "the best full-rank Gaussian"
 LOW_RANK, MIXTURE = "the best Gaussian of rank one plus diagonal", "the best mixture of two diagonal Gaussians"
+STEPPED = "on average over data at least the best diagonal Gaussian, from which it starts; at most log p(x)"
 NESTED = "at least the best diagonal Gaussian, which it contains; at most log p(x)"
 
 RECIPES: dict[str, Recipe] = {
@@ -148,6 +161,10 @@ RECIPES: dict[str, Recipe] = {
     "recursive-mixture": Recipe(
         recursive, _diagonal, "at least the best diagonal Gaussian; at most the best mixture of two", by_stages, LONG,
         aim="at least", ceiling=_mixture,
+    ),
+    "boosted-vi": Recipe(
+        boosted, _diagonal, "at least the best diagonal Gaussian; at most the best mixture of two", aim="at least",
+        ceiling=_mixture, calls=1,
     ),
     "semi-amortized": Recipe(lambda best: refined(best, amortized(best)), _diagonal, DIAGONAL, path),
     "semi-amortized-mixture": Recipe(lambda best: refined(best, mixture(best)), _mixture, MIXTURE, plain, LONG),
@@ -177,6 +194,12 @@ RECIPES: dict[str, Recipe] = {
         lambda best: short_run(best, CHAIN, from_guide=True), lambda best: _law(best, from_guide=True),
         f"the law of {CHAIN} Langevin steps from a guide", rule=SEARCHED,
     ),
+    "density-short-run": Recipe(
+        lambda best: density_short_run(best, CHAIN), _law, f"the law of {CHAIN} Langevin steps from the prior",
+        rule=SEARCHED,
+    ),
+    "dais": Recipe(dais, _diagonal, STEPPED, chains, rate=0.05, aim="at least", pooled=True),
+    "hvae": Recipe(hvae, _diagonal, STEPPED, chains, rate=0.05, aim="at least", pooled=True),
     "short-run-hmc": Recipe(
         lambda best: short_run(best, CHAIN, num_leapfrog=LEAPFROG), lambda best: _law(best, num_leapfrog=LEAPFROG),
         f"the law of {CHAIN} HMC trajectories from the prior", rule=SEARCHED,

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyrovae import handlers, noise
+from pyrovae.bounded import logarithmic
 from pyrovae.compat import LossTraits
 from pyrovae.losses.base import PerDatumLoss
 
@@ -115,9 +116,7 @@ class RecursiveELBO(PerDatumLoss):
         """log q_m - log Q_{m-1} at draws of q_m, `[S, m, B]`, bounded."""
         if self.form == "example":
             return ratio.mean(0).clamp(max=self.bound).expand_as(ratio)
-        if self.form == "sample" or self.bound == float("inf"):
-            return ratio.clamp(max=self.bound)
-        return torch.where(ratio > 0, self.bound * torch.log1p(ratio.clamp_min(0) / self.bound), ratio)
+        return ratio.clamp(max=self.bound) if self.form == "sample" else logarithmic(ratio, self.bound)
 
 
 def _log_prob(loc: Tensor, scale: Tensor, u: Tensor) -> Tensor:
