@@ -20,6 +20,8 @@ import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
+from pyrovae import noise
+from pyrovae.compat import GuideTraits
 from pyrovae.emission import emit_weighted
 from pyrovae.errors import NoDensityError
 from pyrovae.guides.base import DensityGuide, FamilyGuide, Sampler
@@ -27,7 +29,7 @@ from pyrovae.guides.refined import start_of
 from pyrovae.guides.side_term import share
 from pyrovae.latents import LatentSpace
 
-__all__ = ["ChainGuide", "from_base", "particles", "require_gaussian"]
+__all__ = ["ChainGuide", "FromBase", "particles"]
 
 
 def particles(name: str, space: LatentSpace) -> tuple[int, Callable[[Tensor, int], Tensor]]:
@@ -74,17 +76,46 @@ class ChainGuide(DensityGuide):
         return lambda: emit_weighted(space.structure, shape(u, 1), shape(log_q, 0))
 
 
-def require_gaussian(name: str, base: Any) -> FamilyGuide:
-    """Raise unless a guide has a Gaussian family to start chains from."""
-    if not isinstance(base, FamilyGuide) or not base.traits.gaussian_sites:
-        raise TypeError(
-            f"{name} starts from a guide with a Gaussian family (Amortized with 'diagonal', 'full-rank' or 'low-rank', "
-            f"SemiAmortized or LocalSVI on one), got {base!r}"
-        )
-    return base
+class FromBase(ChainGuide):
+    """A chain whose steps, learnt with it, begin at the draws of a guide with a Gaussian family.
 
+    Args:
+        base: the start.
+        num_steps: K.
+        step_size: where the step sizes begin, in standard deviations of the base.
+        max_step_size: they stay below, by a sigmoid.
+    """
 
-def from_base(base: FamilyGuide, *args: Any, **kwargs: Any) -> tuple[Any, Any, Tensor, Tensor | float]:
-    """A base's family, its distribution, its `lam`, and the term that trains what it was refined from."""
-    family, refined = base.family(*args, **kwargs), start_of(base, *args, **kwargs)
-    return family, family(refined.lam), refined.lam, share(refined.term)
+    traits = GuideTraits(name="chain", marginal=False, stratified=True)
+
+    def __init__(self, base: FamilyGuide, num_steps: int, step_size: float, max_step_size: float) -> None:
+        name = type(self).__name__
+        if not isinstance(base, FamilyGuide) or not base.traits.gaussian_sites:
+            raise TypeError(
+                f"{name} starts from a guide with a Gaussian family (Amortized with 'diagonal', 'full-rank' or "
+                f"'low-rank', SemiAmortized or LocalSVI on one), got {base!r}"
+            )
+        if not 0 < step_size < max_step_size:
+            raise ValueError(f"step_size must lie between 0 and max_step_size={max_step_size:g}, got {step_size:g}")
+        super().__init__(base.model, plate=base.plate, batched=base.batched)
+        self.base, self.num_steps, self.max_step_size = base, num_steps, max_step_size
+
+    def _logit(self, value: float, highest: float = 1.0) -> Tensor:
+        """What a sigmoid takes to `value / highest`; the base's dtype and device."""
+        logit = torch.tensor(math.log(value / (highest - value)), dtype=torch.double)
+        return logit.to(next(self.base.parameters(), torch.zeros(())))
+
+    def _describe(self) -> str:
+        return f"base={self.base!r}, num_steps={self.num_steps}, "
+
+    def _start(self, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[int], tuple[Tensor, Tensor]]]:
+        """The base's distribution, and number S -> draws and log q of the base."""
+        family, (lam, term) = self.base.family(*args, **kwargs), start_of(self.base, *args, **kwargs)
+        extra = share(term)
+
+        def draw(number: int) -> tuple[Tensor, Tensor]:
+            eps = noise.normal(number, len(lam), family.noise_dim, like=lam)
+            u, log_q = family.rsample_and_log_prob(lam, eps)
+            return u, log_q - extra
+
+        return family(lam), draw

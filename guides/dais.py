@@ -19,7 +19,6 @@ clipping, whose gradient vanishes).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +28,14 @@ from torch import Tensor, nn
 from pyrovae import handlers, noise
 from pyrovae.compat import GuideTraits
 from pyrovae.guides.base import FamilyGuide
-from pyrovae.guides.chain import ChainGuide, from_base, require_gaussian
+from pyrovae.guides.chain import FromBase
 from pyrovae.recording import recorded
 from pyrovae.samplers import LogDensity, slope
 
 __all__ = ["DAIS", "move"]
 
 
-class DAIS(ChainGuide):
+class DAIS(FromBase):
     """A Gaussian guide improved by K annealed steps, with a bound of its own.
 
     Args:
@@ -74,23 +73,15 @@ class DAIS(ChainGuide):
         max_step_size: float = 1.0,
         keep: float = 0.9,
     ) -> None:
-        base = require_gaussian("DAIS", base)
+        super().__init__(base, num_steps, step_size, max_step_size)
         if num_steps < 1:
             raise ValueError(f"DAIS needs num_steps >= 1, got {num_steps}")
-        if not 0 < step_size < max_step_size:
-            raise ValueError(f"step_size must lie between 0 and max_step_size={max_step_size:g}, got {step_size:g}")
         if not 0 < keep < 1:
             raise ValueError(f"keep must lie between 0 and 1, got {keep:g}")
-        super().__init__(base.model, plate=base.plate, batched=base.batched)
-        self.base, self.num_steps, self.max_step_size = base, num_steps, max_step_size
-        like = next(base.parameters(), torch.zeros(()))
-        begin = math.log(step_size / (max_step_size - step_size))
-        self.step = nn.Parameter(torch.tensor([begin, 0.0]).to(like))  # at the base, and its rise towards the posterior
-        self.bridges = nn.Parameter(torch.zeros(num_steps).to(like))
-        self.keep = nn.Parameter(torch.tensor(math.log(keep / (1 - keep))).to(like))
-
-    def _describe(self) -> str:
-        return f"base={self.base!r}, num_steps={self.num_steps}, "
+        begin = self._logit(step_size, max_step_size)
+        self.step = nn.Parameter(torch.stack([begin, 0 * begin]))  # at the base, and its rise towards the posterior
+        self.bridges = nn.Parameter(begin.new_zeros(num_steps))
+        self.keep = nn.Parameter(self._logit(keep))
 
     def schedule(self) -> tuple[Tensor, Tensor]:
         """b_k and e_k, `[K]` each."""
@@ -100,16 +91,16 @@ class DAIS(ChainGuide):
 
     def _chain(self, *args: Any, **kwargs: Any) -> Callable[[int], tuple[Tensor, Tensor]]:
         log_joint, beta = self.space(*args, **kwargs).bind(*args, **kwargs), handlers.kl_weight()
-        family, q, lam, extra = from_base(self.base, *args, **kwargs)
+        q, draw = self._start(*args, **kwargs)
         bridges, sizes = self.schedule()
         keep = self.keep.sigmoid()
         fresh = ((-self.keep).sigmoid() * (1 + keep)).sqrt()  # sqrt(1 - keep^2)
         scale = q.stddev
 
         def run(number: int) -> tuple[Tensor, Tensor]:
-            u, log_q = family.rsample_and_log_prob(lam, noise.normal(number, len(lam), family.noise_dim, like=lam))
-            eps = noise.normal(number, len(lam), self.num_steps * family.dim, like=lam)
-            momenta = eps.unflatten(-1, (self.num_steps, family.dim)).unbind(-2)
+            u, log_q = draw(number)
+            eps = noise.normal(*u.shape[:2], self.num_steps * u.shape[-1], like=u)
+            momenta = eps.unflatten(-1, (self.num_steps, -1)).unbind(-2)
             density = recorded(log_joint, u.detach())
             v = momenta[0]
             for k, (bridge, size) in enumerate(zip(bridges, sizes, strict=True)):
@@ -121,7 +112,7 @@ class DAIS(ChainGuide):
                 log_q = log_q + 0.5 * (kicked.square() - v.square()).sum(-1)
                 if k + 1 < self.num_steps:
                     v = keep * kicked + fresh * momenta[k + 1]
-            return u, log_q - extra
+            return u, log_q
 
         return run
 

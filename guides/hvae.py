@@ -17,7 +17,6 @@ each dimension, in standard deviations of the base) and beta_0 are learnt.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +26,14 @@ from torch import Tensor, nn
 from pyrovae import handlers, noise
 from pyrovae.compat import GuideTraits
 from pyrovae.guides.base import FamilyGuide
-from pyrovae.guides.chain import ChainGuide, from_base, require_gaussian
+from pyrovae.guides.chain import FromBase
 from pyrovae.recording import recorded
 from pyrovae.samplers import slope
 
 __all__ = ["HVAE"]
 
 
-class HVAE(ChainGuide):
+class HVAE(FromBase):
     """A Gaussian guide followed by K leapfrog steps on the log-joint.
 
     Args:
@@ -58,25 +57,16 @@ class HVAE(ChainGuide):
         temperature: float = 0.9,
         dim: int | None = None,
     ) -> None:
-        base = require_gaussian("HVAE", base)
+        super().__init__(base, num_steps, step_size, max_step_size)
         if num_steps < 0:
             raise ValueError(f"HVAE needs num_steps >= 0, got {num_steps}")
-        if not 0 < step_size < max_step_size:
-            raise ValueError(f"step_size must lie between 0 and max_step_size={max_step_size:g}, got {step_size:g}")
         if not 0 < temperature <= 1:
             raise ValueError(f"temperature must lie in (0, 1], got {temperature:g}")
-        super().__init__(base.model, plate=base.plate, batched=base.batched)
-        self.base, self.num_steps, self.max_step_size = base, num_steps, max_step_size
-        like = next(base.parameters(), torch.zeros(()))
         if num_steps:
-            begin = math.log(step_size / (max_step_size - step_size))
-            self.step = nn.Parameter(torch.full((dim or 1,), begin).to(like))
+            self.step = nn.Parameter(self._logit(step_size, max_step_size).repeat(dim or 1))
             if temperature < 1:
-                self.heat = nn.Parameter(torch.tensor(math.log(temperature / (1 - temperature))).to(like))
+                self.heat = nn.Parameter(self._logit(temperature))
         self.tempered = bool(num_steps) and temperature < 1
-
-    def _describe(self) -> str:
-        return f"base={self.base!r}, num_steps={self.num_steps}, "
 
     def schedule(self) -> Tensor:
         """1 / sqrt(beta_k), `[K + 1]`."""
@@ -88,14 +78,14 @@ class HVAE(ChainGuide):
 
     def _chain(self, *args: Any, **kwargs: Any) -> Callable[[int], tuple[Tensor, Tensor]]:
         log_joint, beta = self.space(*args, **kwargs).bind(*args, **kwargs), handlers.kl_weight()
-        family, q, lam, extra = from_base(self.base, *args, **kwargs)
+        q, draw = self._start(*args, **kwargs)
 
         def run(number: int) -> tuple[Tensor, Tensor]:
-            u, log_q = family.rsample_and_log_prob(lam, noise.normal(number, len(lam), family.noise_dim, like=lam))
+            u, log_q = draw(number)
             if not self.num_steps:
-                return u, log_q - extra
+                return u, log_q
             density = recorded(log_joint, u.detach())
-            gamma = noise.normal(number, len(lam), family.dim, like=lam)
+            gamma = noise.normal(*u.shape, like=u)
             size = self.max_step_size * self.step.sigmoid() * q.stddev
             heat = self.schedule()
             v = gamma * heat[0]
@@ -105,6 +95,6 @@ class HVAE(ChainGuide):
                 u = u + size * v
                 force = slope(lambda point: density(point, beta), u)
                 v = (v + 0.5 * size * force) * (heat[k + 1] / heat[k])
-            return u, log_q + 0.5 * (v.square() - gamma.square()).sum(-1) - extra
+            return u, log_q + 0.5 * (v.square() - gamma.square()).sum(-1)
 
         return run

@@ -1,4 +1,4 @@
-"""Boosting: a mixture for each datum, a component at a time (Guo et al. 2016; Locatello, Khanna, Ghosh & Ratsch 2018).
+"""Boosting: a mixture for each datum, a component at a time (Guo et al. 2016; Locatello, Khanna, Ghosh & Rätsch 2018).
 
     Q_t = (1 - w_t) Q_{t-1} + w_t s_t,      s_t = argmax_s RELBO(s)
     RELBO(s) = E_s[log p(x, u) - log s + phi(log s - log Q_{t-1})] - lambda E_s[log s]
