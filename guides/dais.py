@@ -99,7 +99,7 @@ class DAIS(FromBase):
 
         def run(number: int) -> tuple[Tensor, Tensor]:
             u, log_q = draw(number)
-            eps = noise.normal(*u.shape[:2], self.num_steps * u.shape[-1], like=u)
+            eps = noise.normal(len(u), u.shape[1], self.num_steps * u.shape[-1], like=u)
             momenta = eps.unflatten(-1, (self.num_steps, -1)).unbind(-2)
             density = recorded(log_joint, u.detach())
             v = momenta[0]

@@ -140,7 +140,7 @@ class Boosting:
 
 
 class _Mixture:
-    """A mixture under way. Every component has its draws, and all components' densities at all draws are kept."""
+    """A mixture under way. Every component keeps its draws, and log p at them."""
 
     def __init__(self, rule: Boosting, log_joint: LogJoint, beta: float, start: Tensor) -> None:
         self.rule, self.log_joint, self.beta, self.start = rule, log_joint, beta, start
