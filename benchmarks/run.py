@@ -12,11 +12,12 @@ import speed_amortized
 import speed_draws
 import speed_laplace
 import speed_log_joint
+import speed_mixtures
 import speed_semi_amortized
 import torch
 from timing import Line, arguments, show
 
-PARTS = (speed_amortized, speed_semi_amortized, speed_laplace, speed_log_joint, speed_draws)
+PARTS = (speed_amortized, speed_semi_amortized, speed_laplace, speed_log_joint, speed_mixtures, speed_draws)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Log-joint and its gradient, as inner loops ask for them, against hand-written PyTorch.
 
 A traced Pyro model, 100 x 8 latents, 64-128-128 nets, 1 thread; once through Pyro's handlers and once recorded, as
-refinement, mode search and chains run it.
+refinement, mode search and chains run it. A Langevin step is one such evaluation and the noise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pyrovae.latents import LatentSpace
 from pyrovae.recording import recorded
+from pyrovae.samplers import init, langevin
 
-MUST, AIM = 1.5, 1.1
+MUST, AIM, LANGEVIN = 1.5, 1.1, 1.3
 
 
 def gradient(function: Callable[[Tensor], Tensor], u: Tensor) -> Callable[[], object]:
@@ -41,10 +42,15 @@ def lines(options: Options) -> list[Line]:
     def line(what: str, function: Callable[[Tensor], Tensor], must: float | None, aim: float | None) -> Line:
         return compare(what, gradient(function, u), name, by_hand, options, threads=1, repeats=300, must=must, aim=aim)
 
+    density = recorded(bound, u)
+    state = init(density, u)
+    step, evaluation = "a Langevin step", f"{name}: log-joint and gradient"
     return [
-        line("log-joint and gradient, recorded", recorded(bound, u), MUST, AIM),
+        line("log-joint and gradient, recorded", density, MUST, AIM),
         line("log-joint and gradient, through handlers", bound, None, None),
-    ]
+        compare(step, lambda: langevin.step(state, density, 0.1, torch.randn_like(u)), evaluation, by_hand, options,
+                threads=1, repeats=300, must=LANGEVIN),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_estimators_agree_on_two_sites_one_constrained(name):
     if name == "laplace":
         _agree_draw_by_draw(guide, x)
         return
-    repeats = 40 if "laplace" in name else 600
+    repeats = 40 if "laplace" in name else 200 if "boosted" in name else 600
     anew = "semi" in name or "boosted" in name
     weights = torch.cat([guide.log_weights(40, x) for _ in range(100)]) if anew else guide.log_weights(4000, x)
     # The noise by which a posterior is found is shared by the draws of one call: independent units are calls.
