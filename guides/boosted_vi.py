@@ -31,7 +31,7 @@ class BoostedVI(FamilyGuide):
     Args:
         model: the Pyro program.
         num_components: at most; a datum whose duality gap is below `tolerance` takes no more.
-        **options: of `pyrovae.boosting.Boosting`: weights, entropy, tolerance, restarts, num_steps, step_size,
+        **options: of `pyrovae.boosting.Boosting`: weights, bound, entropy, tolerance, restarts, num_steps, step_size,
             num_samples, num_draws, first.
         plate, batched: as in `LatentSpace`; `plate=None` boosts one joint posterior.
 

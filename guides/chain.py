@@ -32,11 +32,10 @@ from pyrovae.latents import LatentSpace
 __all__ = ["ChainGuide", "FromBase", "particles"]
 
 
-def particles(name: str, space: LatentSpace) -> tuple[int, Callable[[Tensor, int], Tensor]]:
+def particles(name: str, space: LatentSpace) -> tuple[int, Callable[[Tensor], Tensor]]:
     """How many chains Pyro's particle plate asks for, and what shapes their results `[P, B, ...]` for it.
 
-    Plain code in a guide runs once for all vectorised particles, so it must be told to run one chain for each. The
-    second argument of the function that shapes is the number of dims after the row.
+    Plain code in a guide runs once for all vectorised particles, so it must be told to run one chain for each.
     """
     frames = [frame for frame in get_plates() if frame.vectorized]
     if len(frames) > 1:
@@ -44,9 +43,9 @@ def particles(name: str, space: LatentSpace) -> tuple[int, Callable[[Tensor, int
             f"{name} inside the plates {[frame.name for frame in frames]}: only Pyro's particle plate is known"
         )
     if not frames:
-        return 1, lambda value, after: value[0]
+        return 1, lambda value: value[0]
     padding = -1 - frames[0].dim - (0 if space.plate is None else 1)
-    return frames[0].size, lambda value, after: value.reshape(len(value), *[1] * padding, *value.shape[1:])
+    return frames[0].size, lambda value: value.reshape(len(value), *[1] * padding, *value.shape[1:])
 
 
 class ChainGuide(DensityGuide):
@@ -73,7 +72,7 @@ class ChainGuide(DensityGuide):
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         number, shape = particles(type(self).__name__, space)
         u, log_q = self._chain(*args, **kwargs)(number)
-        return lambda: emit_weighted(space.structure, shape(u, 1), shape(log_q, 0))
+        return lambda: emit_weighted(space.structure, shape(u), shape(log_q))
 
 
 class FromBase(ChainGuide):

@@ -83,7 +83,7 @@ class DensityShortRun(ChainGuide):
         return f"num_steps={self.num_steps}, "
 
     def non_injective(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
-        """The share of steps that were not injective, `[B]`: 0 where `log_weights` gives a bound."""
+        """The share of steps at which the map folds, `[B]`; 0 says that no fold was met on these chains."""
         with self._aside(), torch.no_grad():
             return self._walk(num_samples, *args, **kwargs)[2].mean(0)
 

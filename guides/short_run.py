@@ -34,6 +34,7 @@ class ShortRun(Guide):
         model: the Pyro program.
         num_steps: K >= 1.
         step_size: the noise scale s of Langevin, or the leapfrog step of HMC; a number, or K of them.
+            `guides.tune_step_size` chooses it.
         kernel: "langevin" (unadjusted) or "hmc" (`num_leapfrog` leapfrog steps with fresh momentum, uncorrected).
         init: None starts from the prior; a guide starts from its draws.
         temperature: noise temperature of Langevin.
@@ -95,7 +96,7 @@ class ShortRun(Guide):
 
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         number, shape = particles("ShortRun", space)
-        u = shape(self._draws(number, *args, **kwargs), 1)
+        u = shape(self._draws(number, *args, **kwargs))
         return lambda: emit_draws(space.structure, u)
 
 

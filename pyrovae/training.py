@@ -366,8 +366,9 @@ class _Run:
             cause = diagnose_nan(self.model, self.guide, rows, loss, bad)
             for buffer, value in zip(self.buffers, buffers, strict=True):
                 buffer.copy_(value)
+            kept = "this step" if block is None else "this block of the step"
             raise TrainingDiverged(
-                f"step {self.at.step}: {cause}; the weights are those before this step: lower the step size, clip "
+                f"step {self.at.step}: {cause}; the weights are those before {kept}: lower the step size, clip "
                 "gradients with max_norm, or bound the scale of that site"
             )
         if self.max_norm is not None:

@@ -12,7 +12,7 @@ from pyro.infer import SVI
 from torch import nn
 
 from pyrovae import fit, guides, losses
-from pyrovae.errors import IncompatibleError
+from pyrovae.errors import IncompatibleError, TrainingDiverged
 from pyrovae.models import PPCA, VAE
 from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.optim import Adam
@@ -284,3 +284,12 @@ def test_a_schedule_of_stages_needs_stages():
         fit(model, plain, data(), schedule=RecursiveSchedule(), progress=False)
     with pytest.raises(IncompatibleError, match="not built up in stages"):
         fit(model, plain, data(), loss=losses.RecursiveELBO(), schedule=RecursiveSchedule(), progress=False)
+
+
+def test_a_nan_within_a_step_says_what_has_moved():
+    guide = build(2)
+    guide.components[1].weight.register_hook(lambda gradient: gradient * torch.nan)
+    first = guide.components[0].weight.detach().clone()
+    with pytest.raises(TrainingDiverged, match="before this block of the step"):
+        fit(guide.model, guide, data(), schedule=RecursiveSchedule(), max_steps=1, progress=False)
+    assert not torch.equal(guide.components[0].weight, first)  # its turn came before
