@@ -21,7 +21,7 @@ def check(*, threads: int = 2) -> bool:
     """Train, evaluate and print; whether the quality is equal (or better)."""
     preset = replace(EXPERIMENT.presets["quick"], num_samples=100)
     results = run(EXPERIMENT, Options("quick", preset, Path("runs/bench/laplace-quality"), threads=threads, arms=ARMS))
-    show(EXPERIMENT, results)
+    show(EXPERIMENT, [results])
     found = results["differences"]["Newton"]
     equal = all(bound["mean"] > -3 * bound["se"] for bound in found.values())
     numbers = ", ".join(

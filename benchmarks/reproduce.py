@@ -33,21 +33,26 @@ def main(arguments: list[str] | None = None) -> None:
     preset = override(
         experiment.presets[given.preset], epochs=given.epochs, train_rows=given.train_rows, test_rows=given.test_rows
     )
-    out = given.out or RUNS / given.name / f"{given.preset}-seed{given.seed}"
+    folder = given.out or RUNS / given.name
     seconds = None if given.time_limit is None else 60 * given.time_limit
-    results = run(experiment, Options(
-        given.preset, preset, out, seed=given.seed, seconds=seconds, threads=given.threads, device=given.device,
-        arms=tuple(given.arms or ()), data=given.data, progress=not given.no_progress,
-    ))  # fmt: skip
+    seeds = experiment.seeds if given.seed is None else (given.seed,)
+    results = [
+        run(experiment, Options(
+            given.preset, preset, folder / f"{given.preset}-seed{seed}", seed=seed, seconds=seconds,
+            threads=given.threads, device=given.device, arms=tuple(given.arms or ()), data=given.data,
+            progress=not given.no_progress,
+        ))
+        for seed in seeds
+    ]  # fmt: skip
     show(experiment, results)
-    print(f"see {out / 'results.json'}; all results together: python benchmarks/reproduce.py --page")
+    print(f"see results.json below {folder}; all results together: python benchmarks/reproduce.py --page")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
     parser.add_argument("--preset", choices=("quick", "paper"), default="quick")
-    parser.add_argument("--seed", type=int, default=0, help="of first weights, training and estimators")
+    parser.add_argument("--seed", type=int, help="of first weights, training and estimators (default: the experiment's)")
     parser.add_argument("--epochs", type=int, help="instead of the preset's")
     parser.add_argument("--train-rows", type=int, help="instead of the preset's")
     parser.add_argument("--test-rows", type=int, help="instead of the preset's")
@@ -56,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="these arms only")
     parser.add_argument("--data", help="an .npz file instead of the experiment's data set")
-    parser.add_argument("--out", type=Path, help=f"folder of the results; {RUNS}/NAME/PRESET-seedSEED by default")
+    parser.add_argument("--out", type=Path, help=f"holds a folder PRESET-seedSEED of each run; {RUNS}/NAME by default")
     parser.add_argument("--no-progress", action="store_true")
     parser.add_argument("--page", action="store_true", help=f"write {PAGE} from all results below {RUNS}")
     return parser

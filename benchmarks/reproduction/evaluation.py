@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from typing import Any
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor
 from pyrovae import diagnose, evidence
 from pyrovae.guides.base import Guide
 from pyrovae.provenance import Provenance
-from pyrovae.runtime import seeded
+from pyrovae.runtime import evaluating, seeded
 
-__all__ = ["differences", "evaluate", "number"]
+__all__ = ["differences", "evaluate", "inference_time", "number"]
 
 _ROWS = 50  # data evaluated between two looks at the progress bar
 _KL_DRAWS = 100
+_CALLS, _WARM_UP = 30, 3  # of an inference that is timed
 
 
 def number(values: Tensor) -> dict[str, float]:
@@ -35,7 +38,10 @@ def evaluate(
     """
     from tqdm.auto import tqdm
 
-    parts: dict[str, list[Tensor]] = {"ELBO": [], "IWAE few": [], "IWAE": [], "KL": [], "k-hat": []}
+    marginal = guide.traits.marginal  # chains have no density of z alone, so no KL either
+    parts: dict[str, list[Tensor]] = {"ELBO": [], "IWAE few": [], "IWAE": [], "k-hat": []}
+    if marginal:
+        parts["KL"] = []
     few = max(1, num_samples // 10)
     starts = tqdm(range(0, len(x), _ROWS), desc=f"{name}, evaluation", disable=None if progress else True)
     for start in starts:
@@ -49,14 +55,15 @@ def evaluate(
         parts["IWAE"].append(iwae.values)
         parts["IWAE few"].append(evidence.summarize(weights[:few])[1].values)
         parts["k-hat"].append(diagnose.pareto_khat(weights))
-        parts["KL"].append(_kl(guide, some, rows, seed))
+        if marginal:
+            parts["KL"].append(_kl(guide, some, rows, seed))
     joined = {key: torch.cat(tensors).double() for key, tensors in parts.items()}
     share = float((joined["k-hat"] > 0.7).double().mean())
     numbers = {
         "ELBO": number(joined["ELBO"]),
         f"IWAE-{few}": number(joined["IWAE few"]),
         f"IWAE-{num_samples}": number(joined["IWAE"]),
-        "KL": number(joined["KL"]),
+        **({"KL": number(joined["KL"])} if marginal else {}),
         "k-hat above 0.7": {"mean": share, "se": math.sqrt(share * (1 - share) / len(x))},
     }
     return numbers, {key: joined[key].tolist() for key in ("ELBO", "IWAE")}
@@ -76,6 +83,23 @@ def _kl(guide: Guide, x: Tensor, rows: range, seed: int) -> Tensor:
             chunk=len(x), indices=rows,
         )  # fmt: skip
     return values.double().mean(0).cpu()
+
+
+def inference_time(guide: Guide, x: Tensor) -> dict[str, float]:
+    """CPU milliseconds of one thread until the posteriors of `x` are found and drawn from once; draws of a chain are
+    its posterior. The median, and half the range between quartiles."""
+    before, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        with evaluating(guide.model, guide):
+            for _ in range(_WARM_UP + _CALLS):
+                began = time.thread_time()
+                guide.draws(1, x)
+                times.append(1000 * (time.thread_time() - began))
+    finally:
+        torch.set_num_threads(before)
+    low, middle, high = statistics.quantiles(times[_WARM_UP:], n=4)
+    return {"mean": middle, "se": (high - low) / 2}
 
 
 def differences(arms: list[dict[str, Any]], baseline: str) -> dict[str, dict[str, dict[str, float]]]:

@@ -16,6 +16,7 @@ from pyrovae.data.images import Binarization
 from pyrovae.guides.base import Guide
 from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.runtime import seeded
+from pyrovae.schedules import RecursiveSchedule
 
 __all__ = ["Arm", "Experiment", "Preset", "Setup", "Split", "load", "override", "published_start", "setup"]
 
@@ -94,6 +95,7 @@ class Arm:
         build: guide from a `Setup`.
         loss: makes the training loss; None for `fit`'s default.
         published: the paper's number on this experiment's scale, nats; None where there is none.
+        schedule: blocks of parameters that take turns, for `fit`; None steps all at once.
         as_long_as: name of an arm before this one; train until as many seconds have passed as that one took, instead
             of its number of epochs.
         presets: in which the arm takes part.
@@ -102,6 +104,7 @@ class Arm:
     name: str
     build: Callable[[Setup], Guide]
     loss: Callable[[], Any] | None = None
+    schedule: RecursiveSchedule | None = None
     published: float | None = None
     as_long_as: str | None = None
     presets: tuple[str, ...] = ("quick", "paper")
@@ -123,6 +126,8 @@ class Experiment:
         baseline: arm from which paired differences are taken.
         arms: in the order of training.
         presets: "quick" and "paper".
+        seeds: of the runs that make up a result, unless one is asked for.
+        pairs: arms that are to be compared with one another, (name, with the arm of this name).
         settings: the published settings that hold for both presets, in words.
         published: what the column of published numbers is, in words ("" where no arm has one).
         published_bound: which of our bounds the published differences are held against.
@@ -141,6 +146,8 @@ class Experiment:
     arms: tuple[Arm, ...]
     presets: dict[str, Preset]
     settings: str
+    seeds: tuple[int, ...] = (0,)
+    pairs: tuple[tuple[str, str], ...] = ()
     binarization: Binarization = "none"
     preprocessing: Literal["none", "logit", "centred"] = "none"
     logit_lambda: float = 0.05

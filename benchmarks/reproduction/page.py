@@ -13,6 +13,7 @@ from rich.table import Table
 
 from reproduction import EXPERIMENTS
 from reproduction.experiment import Experiment
+from reproduction.seeds import over_seeds, pairs
 
 __all__ = ["page", "show", "write_page"]
 
@@ -36,42 +37,63 @@ BOUNDS = "Bounds of log p(x) on test images"
 _PAGE_ONLY = ("ELBO", "Δ ELBO", "KL", "k-hat > 0.7")  # a terminal is narrow; the JSON and the page have everything
 
 
-def show(experiment: Experiment, results: dict[str, Any]) -> None:
-    """Print the tables of one run."""
+def show(experiment: Experiment, runs: list[dict[str, Any]]) -> None:
+    """Print the tables of every run, and of all seeds together."""
+    for results in runs:
+        _show(experiment, results)
+    if len(runs) > 1:
+        console = _console()
+        header, rows = over_seeds(runs)
+        _print(console, f"{len(runs)} seeds together, means ± their standard error", header, rows)
+        for fact in pairs(experiment, runs):
+            console.print(f"* {fact}", highlight=False)
+
+
+def _console() -> Console:
     console = Console()
-    if not console.is_terminal:  # a log file has room
-        console = Console(width=160)
+    return console if console.is_terminal else Console(width=160)  # a log file has room
+
+
+def _print(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for number, column in enumerate(header):
+        table.add_column(column, justify="right" if number else "left", min_width=0 if number else 16)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _show(experiment: Experiment, results: dict[str, Any]) -> None:
+    console = _console()
     for title, header, rows in _tables(experiment, results):
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
         left_out = set(_PAGE_ONLY) - {f"Δ {experiment.published_bound}"} if title.startswith(BOUNDS) else set()
         kept = [number for number, column in enumerate(header) if column not in left_out]
-        for number in kept:
-            table.add_column(header[number], justify="right" if number else "left", min_width=0 if number else 16)
-        for row in rows:
-            table.add_row(*(row[number] for number in kept))
-        console.print(table)
+        _print(console, title, [header[number] for number in kept], [[row[n] for n in kept] for row in rows])
     for fact in _shortfalls(experiment, results):
         console.print(f"* {fact}", highlight=False)
 
 
 def write_page(runs: Path, path: Path) -> None:
-    """Collect every `results.json` below `runs` into the page."""
+    """Collect every `results.json` below `runs` into the page; what it says of other experiments stays."""
     found = [json.loads(file.read_text()) for file in sorted(runs.glob("**/results.json"))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(found))
+    path.write_text(page(found, path.read_text() if path.exists() else ""))
 
 
-def page(found: list[dict[str, Any]]) -> str:
-    """The page, in Markdown."""
+def page(found: list[dict[str, Any]], before: str = "") -> str:
+    """The page, in Markdown; `before` is an earlier one, for experiments of which no results are at hand."""
     parts = [INTRODUCTION]
     for experiment in EXPERIMENTS.values():
-        parts.append(
-            f"\n## {experiment.name}: {experiment.title}\n\nAfter {experiment.paper}. {experiment.settings}.\n"
-        )
+        title = f"## {experiment.name}: "
         runs = [results for results in found if results["experiment"] == experiment.name]
         runs.sort(key=lambda results: (results["preset"], results["seed"]))
+        if not runs and title in before:
+            parts.append("\n" + title + before.split(title)[1].split("\n## ")[0].rstrip("\n") + "\n")
+            continue
+        parts.append(f"\n{title}{experiment.title}\n\nAfter {experiment.paper}. {experiment.settings}.\n")
         if not runs:
             parts.append("\nNot run yet.\n")
+        parts += [_over_seeds(experiment, preset, some) for preset, some in _repeated(runs)]
         for results in runs:
             parts += _section(experiment, results)
         if experiment.remarks:
@@ -79,6 +101,21 @@ def page(found: list[dict[str, Any]]) -> str:
     missing = [f"{e.name}: {fact}" for e in EXPERIMENTS.values() for fact in e.missing]
     parts.append("\n## Published columns that cannot be reached with the data at hand\n\n" + _bullets(missing))
     return "".join(parts)
+
+
+def _repeated(runs: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Presets that were run with more than one seed, and their runs."""
+    grouped = [(name, [r for r in runs if r["preset"] == name]) for name in dict.fromkeys(r["preset"] for r in runs)]
+    return [(name, some) for name, some in grouped if len(some) > 1]
+
+
+def _over_seeds(experiment: Experiment, preset: str, runs: list[dict[str, Any]]) -> str:
+    seeds = ", ".join(str(results["seed"]) for results in runs)
+    text = f"\n### {preset}, seeds {seeds} together\n\n"
+    text += f"Means over seeds ± their standard error; Δ from {experiment.baseline} of the same seed:\n\n"
+    text += _markdown(*over_seeds(runs))
+    facts = pairs(experiment, runs)
+    return text + ("\n" + _bullets(facts) if facts else "")
 
 
 def _section(experiment: Experiment, results: dict[str, Any]) -> list[str]:
@@ -122,7 +159,7 @@ def _tables(experiment: Experiment, results: dict[str, Any]) -> list[tuple[str, 
         row = [
             arm["name"], f"{arm['epochs']}{best}", took, _value(n["ELBO"]), _value(n[few]), _value(n[many]),
             _value(gain.get("ELBO"), sign=True), _value(gain.get("IWAE"), sign=True),
-            f"{n['KL']['mean']:.1f}", f"{100 * n['k-hat above 0.7']['mean']:.0f} %",
+            f"{n['KL']['mean']:.1f}" if "KL" in n else "", f"{100 * n['k-hat above 0.7']['mean']:.0f} %",
         ]  # fmt: skip
         if has_published:
             ours = arm["published"]

@@ -124,7 +124,7 @@ def _arm(
     try:
         result, clock = train(
             guide, loss, split, options.preset, folder, seed=options.seed, seconds=seconds,
-            by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress,
+            by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress, schedule=arm.schedule,
         )  # fmt: skip
     except TrainingDiverged as error:  # a result as well: the other arms go on
         record["failed"] = str(error)

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-NAMES = ["vlae-mnist", "laplace-quality", "vlae-mnist-bernoulli", "savae-mnist", "savae-omniglot", "gaps-mnist"]
+NAMES = [
+    "vlae-mnist", "laplace-quality", "vlae-mnist-bernoulli", "savae-mnist", "savae-omniglot", "gaps-mnist",
+    "rme-omniglot", "hvae-mnist",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def test_every_arm_runs_to_the_page(bench, images, tmp_path, name):
         assert math.isclose(gain["IWAE"]["se"], float(paired.std()) / math.sqrt(7), rel_tol=1e-6)
     assert set(results["differences"]) == set(values) - {experiment.baseline}
 
-    bench.show(experiment, results)
+    bench.show(experiment, [results])
     text = sys.modules["reproduction.page"].page([results])
     assert text.count("Not run yet.") == len(NAMES) - 1
     for record in results["arms"]:
@@ -222,6 +225,37 @@ def test_page_says_what_did_not_come_out(bench):
     row = "| up | 5 (4) | 10 (15) | -2.00 ± 0.10 | -1.50 ± 0.10 | 7.00 ± 0.10 | +0.00 ± 0.10 | +8.00 ± 0.10 |"
     assert f"{row} 3.0 | 25 % | -390 | +10 |" in text
     assert "| wild | failed |" in text
+
+
+def test_seeds_together(bench, images, tmp_path):
+    """Means over seeds, in how many seeds an arm is ahead, and the pairs that the experiment is for."""
+    arms = ("VAE", "ME(2)", "RME(2)")
+    runs = [go(bench, "rme-omniglot", images, tmp_path / str(seed), arms=arms, seed=seed) for seed in (0, 1, 2)]
+    found = {name: [next(a for a in run["arms"] if a["name"] == name) for run in runs] for name in arms}
+    iwae = {name: torch.tensor([a["numbers"]["IWAE-30"]["mean"] for a in some]) for name, some in found.items()}
+    header, rows = sys.modules["reproduction.seeds"].over_seeds(runs)
+    assert header == ["arm", "ELBO", "IWAE-30", "Δ IWAE-30", "above", "ms per batch", "train s"]
+    assert rows[0][:5] == ["VAE", rows[0][1], f"{iwae['VAE'].mean():.2f} ± {iwae['VAE'].std() / 3**0.5:.2f}", "", ""]
+    gain = iwae["RME(2)"] - iwae["VAE"]
+    assert rows[2][3] == f"{gain.mean():+.2f} ± {gain.std() / 3**0.5:.2f}"
+    assert rows[2][4] == f"{int((gain > 0).sum())} of 3"
+    assert float(rows[0][5].split(" ±")[0]) > 0
+    ahead = iwae["RME(2)"] - iwae["ME(2)"]
+    text = sys.modules["reproduction.page"].page(runs)
+    assert f"RME(2) less ME(2), IWAE-30: {ahead.mean():+.2f} ± {ahead.std() / 3**0.5:.2f}; above in" in text
+    assert "quick, seeds 0, 1, 2 together" in text
+    bench.show(bench.EXPERIMENTS["rme-omniglot"], runs)
+
+
+def test_the_page_keeps_what_has_no_results_here(bench, images, tmp_path):
+    page = sys.modules["reproduction.page"].page
+    old, new = (go(bench, name, images, tmp_path / name, arms=("VAE",)) for name in ("savae-mnist", "hvae-mnist"))
+    before = page([old])
+    after = page([new], before)
+    section = before.split("## savae-mnist: ")[1].split("\n## ")[0]
+    assert section in after
+    assert after.count("Not run yet.") == len(NAMES) - 2
+    assert page([old, new]) == after
 
 
 def test_command_line(bench, images, tmp_path, capsys, monkeypatch):
