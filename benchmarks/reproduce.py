@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
     parser.add_argument("--preset", choices=("quick", "paper"), default="quick")
-    parser.add_argument("--seed", type=int, help="of first weights, training and estimators (default: the experiment's)")
+    parser.add_argument("--seed", type=int, help="of first weights, training and estimators, instead of all seeds")
     parser.add_argument("--epochs", type=int, help="instead of the preset's")
     parser.add_argument("--train-rows", type=int, help="instead of the preset's")
     parser.add_argument("--test-rows", type=int, help="instead of the preset's")

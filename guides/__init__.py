@@ -14,6 +14,7 @@ else:
     from pyrovae.guides.boosted_vi import BoostedVI
     from pyrovae.guides.dais import DAIS
     from pyrovae.guides.density_short_run import DensityShortRun
+    from pyrovae.guides.escalating import Escalating
     from pyrovae.guides.hvae import HVAE
     from pyrovae.guides.laplace import Laplace
     from pyrovae.guides.local_svi import LocalSVI
@@ -35,9 +36,11 @@ else:
         "density-short-run": DensityShortRun,
         "dais": DAIS,
         "hvae": HVAE,
+        "escalating": Escalating,
     }
 
     __all__ = [
-        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "DensityGuide", "DensityShortRun", "FamilyGuide", "Guide",
-        "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "ShortRun", "tune_step_size",
+        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "DensityGuide", "DensityShortRun", "Escalating",
+        "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "ShortRun",
+        "tune_step_size",
     ]  # fmt: skip

@@ -28,10 +28,10 @@ from pyrovae.compat import GuideTraits
 from pyrovae.emission import emit
 from pyrovae.errors import NoDensityError, ScaleError
 from pyrovae.families import Family
-from pyrovae.latents import LatentSpace
+from pyrovae.latents import LatentSpace, LogJoint
 from pyrovae.runtime import evaluating, keep_frozen, preserve_rng
 
-__all__ = ["DensityGuide", "FamilyGuide", "Guide", "Sampler"]
+__all__ = ["DensityGuide", "FamilyGuide", "Guide", "Sampler", "weigh"]
 
 _BLOCK_ROWS = 1 << 16  # rows scored at once
 _BLOCK_SAMPLES = 1000  # draws at once under per-datum noise: fixed, so that chunks of data change no number
@@ -148,6 +148,16 @@ class Sampler(NamedTuple):
     frozen_log_prob: Callable[[Tensor], Tensor]
 
 
+def weigh(sampler: Sampler, log_joint: LogJoint, num_samples: int) -> Tensor:
+    """log p(x, u_s) - log q(u_s) at draws of a posterior, `[S, B]`; block by block, to bound memory."""
+    block = _BLOCK_SAMPLES if noise.active() else max(1, _BLOCK_ROWS // log_joint.rows.size)
+    parts = []
+    for start in range(0, num_samples, block):
+        u, log_q = sampler.draw(min(block, num_samples - start))
+        parts.append(log_joint(u) - log_q)
+    return torch.cat(parts)
+
+
 class DensityGuide(Guide):
     """A guide with a density: subclasses give `_posterior` and `_sampler`."""
 
@@ -165,15 +175,8 @@ class DensityGuide(Guide):
 
     def _weighted(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """`log_weights` as part of a program (losses call it)."""
-        sampler = self._sampler(*args, **kwargs)
         log_joint = self.space(*args, **kwargs).bind(*args, **kwargs)
-        size = log_joint.rows.size
-        block = _BLOCK_SAMPLES if noise.active() else max(1, _BLOCK_ROWS // size)
-        parts = []
-        for start in range(0, num_samples, block):
-            u, log_q = sampler.draw(min(block, num_samples - start))
-            parts.append(log_joint(u) - log_q)
-        return torch.cat(parts)
+        return weigh(self._sampler(*args, **kwargs), log_joint, num_samples)
 
     @abstractmethod
     def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:

@@ -27,6 +27,7 @@ class GuideTraits:
         gaussian_sites: every site's posterior is a Gaussian in closed form.
         stratified: offers weighted draws (`Guide.stratified`).
         stages: is built up in stages, each with an objective of its own (`RecursiveMixture.stages`).
+        trainable: can be trained itself.
         latents: the latents it can treat.
         name: as messages and tables write it.
     """
@@ -38,6 +39,7 @@ class GuideTraits:
     gaussian_sites: bool = False
     stratified: bool = False
     stages: bool = False
+    trainable: bool = True
     latents: tuple[str, ...] = ("continuous",)
 
 
@@ -72,6 +74,8 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return f"{g.name} treats {' and '.join(g.latents)} latents, but the model's are {m.latents}"
     if not (g and t):
         return None
+    if not g.trainable:
+        return f"{g.name} is for evaluation: train the guides it is made of, each by itself"
     if t.needs_density and not g.has_density:
         return f"{g.name} has draws but no density, which {t.name} needs: train it with losses.ExpectedLogJoint()"
     if not t.needs_density and g.has_density:

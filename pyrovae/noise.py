@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["active", "mix", "normal", "per_datum", "row_seeds"]
+__all__ = ["active", "mix", "normal", "per_datum", "row_seeds", "rows"]
 
 _generators: list[torch.Generator] | None = None
 
@@ -24,6 +24,19 @@ def per_datum(seed: int, indices: Sequence[int]) -> Iterator[None]:
     global _generators
     outer = _generators
     _generators = [torch.Generator().manual_seed(mix(seed, index)) for index in indices]
+    try:
+        yield
+    finally:
+        _generators = outer
+
+
+@contextmanager
+def rows(index: Tensor) -> Iterator[None]:
+    """Draw for some of the rows alone, `index: [b]`; the generators of the others stay where they are."""
+    global _generators
+    outer = _generators
+    if outer is not None:
+        _generators = [outer[row] for row in index.tolist()]
     try:
         yield
     finally:

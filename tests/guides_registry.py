@@ -124,6 +124,11 @@ def _density_short_run(model, pixels, dim, dtype=torch.float32):
     return guides.DensityShortRun(model, num_steps=3, step_size=0.05)
 
 
+def _escalating(model, pixels, dim, dtype=torch.float32):
+    first = amortized(model, pixels, dim, dtype)
+    return guides.Escalating([first, guides.SemiAmortized(first, num_steps=2, step_size=0.05)], num_samples=50)
+
+
 GUIDES = {
     "amortized": amortized,
     "amortized-full-rank": _full,
@@ -150,6 +155,9 @@ GUIDES = {
     "dais": _dais,
     "dais-full-rank": _dais_full,
     "hvae": _hvae,
+    "escalating": _escalating,
 }
+TRAINED = {name: build for name, build in GUIDES.items() if name != "escalating"}
+_CHAINS = ("dais", "hvae", "density", "escalating")
 DENSITY = {name: build for name, build in GUIDES.items() if not name.startswith("short-run")}
-MARGINAL = {name: build for name, build in DENSITY.items() if not name.startswith(("dais", "hvae", "density"))}
+MARGINAL = {name: build for name, build in DENSITY.items() if not name.startswith(_CHAINS)}

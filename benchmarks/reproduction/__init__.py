@@ -16,7 +16,13 @@ __all__ = ["EXPERIMENTS"]
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
-        vlae_mnist, laplace_quality, vlae_mnist_bernoulli, savae_mnist, savae_omniglot, gaps_mnist, rme_omniglot,
+        vlae_mnist,
+        laplace_quality,
+        vlae_mnist_bernoulli,
+        savae_mnist,
+        savae_omniglot,
+        gaps_mnist,
+        rme_omniglot,
         hvae_mnist,
-    )  # fmt: skip
+    )
 }

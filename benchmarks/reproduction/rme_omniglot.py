@@ -103,7 +103,7 @@ EXPERIMENT = Experiment(
         "Published numbers are recalled with little confidence, not checked against the paper; they are for "
         "convolutional nets, another reduction to 28x28 and another split.",
         "Grey values are not dequantised, so a density is only bounded because all pixels share one noise scale.",
-        "ME and RME of equal size start at the same weights. RME takes all blocks in one step (`losses.RecursiveELBO`), "
+        "ME and RME of equal size start at the same weights. RME takes all blocks in one step (`RecursiveELBO`), "
         'not in turn as the paper does, with the divergence bounded by C log(1 + r / C), C = 20; "clamped" is the '
         "paper's bound on every draw's log-ratio, C = 5. Form and C were chosen on 1,000 held-out training images, for "
         "three components after 12 epochs on 10,000 images, among two forms and C = 1, 5, 20, 100: IWAE-100 118, 142, "

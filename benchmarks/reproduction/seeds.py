@@ -45,8 +45,10 @@ def pairs(experiment: Experiment, runs: list[dict[str, Any]]) -> list[str]:
             continue
         bound = f"IWAE-{runs[0]['settings']['num_samples']}"
         gains = [a["numbers"][bound]["mean"] - b["numbers"][bound]["mean"] for a, b in arms]
-        facts.append(f"{name} less {other}, {bound}: {_mean(gains, sign=True)}; above in {sum(g > 0 for g in gains)} of "
-                     f"{len(gains)} seeds.")  # fmt: skip
+        above = sum(gain > 0 for gain in gains)
+        facts.append(
+            f"{name} less {other}, {bound}: {_mean(gains, sign=True)}; above in {above} of {len(gains)} seeds."
+        )
     return facts
 
 

@@ -3,8 +3,8 @@
 from pyrovae.diagnose.convergence import ess_bulk, ess_tail, split_rhat
 from pyrovae.diagnose.distance import correlation_error, sd_ratio, sliced_w2, standardized_mean_error
 from pyrovae.diagnose.gaps import Gaps, gaps
-from pyrovae.diagnose.psis import pareto_khat, psis_smooth
 from pyrovae.diagnose.weights import khat
+from pyrovae.psis import pareto_khat, psis_smooth
 
 __all__ = [
     "Gaps", "correlation_error", "ess_bulk", "ess_tail", "gaps", "khat", "pareto_khat", "psis_smooth", "sd_ratio",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrovae.diagnose.psis import pareto_khat
+from pyrovae.psis import pareto_khat
 
 __all__ = ["khat"]
 

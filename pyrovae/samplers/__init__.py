@@ -4,7 +4,7 @@ Each sampler is a module with `init(log_density, u) -> State` and `step(state, l
 `log_density` maps `[..., B, D]` to `[..., B]`, and the step's noise is an argument.
 """
 
-from pyrovae.samplers import hmc, langevin
+from pyrovae.samplers import adaptive, hmc, langevin
 from pyrovae.samplers.state import Info, LogDensity, State, init, slope
 
-__all__ = ["Info", "LogDensity", "State", "hmc", "init", "langevin", "slope"]
+__all__ = ["Info", "LogDensity", "State", "adaptive", "hmc", "init", "langevin", "slope"]

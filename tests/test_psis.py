@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrovae.diagnose.psis import pareto_khat, psis_smooth
+from pyrovae.psis import pareto_khat, psis_smooth
 
 S, N = 1000, 6
 
@@ -99,7 +99,7 @@ def test_batch_shape_and_chunks_and_offset(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(pareto_khat(log_weights.reshape(S, 2, 3)), khat.reshape(2, 3))
     # An offset costs the digits it shifts out: 500 nats leave 1e-13 of the log weights.
     torch.testing.assert_close(pareto_khat(log_weights - 500.0), khat, rtol=0, atol=1e-9)
-    monkeypatch.setattr("pyrovae.diagnose.psis._CHUNK", 1)
+    monkeypatch.setattr("pyrovae.psis._CHUNK", 1)
     assert torch.equal(pareto_khat(log_weights), khat)
 
 
