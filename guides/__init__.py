@@ -21,6 +21,7 @@ else:
     from pyrovae.guides.mixture import Mixture
     from pyrovae.guides.recursive_mixture import RecursiveMixture
     from pyrovae.guides.semi_amortized import SemiAmortized
+    from pyrovae.guides.semi_dais import SemiDAIS
     from pyrovae.guides.short_run import ShortRun
     from pyrovae.guides.step_size import tune_step_size
 
@@ -41,6 +42,6 @@ else:
 
     __all__ = [
         "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "DensityGuide", "DensityShortRun", "Escalating",
-        "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "ShortRun",
-        "tune_step_size",
+        "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "SemiDAIS",
+        "ShortRun", "tune_step_size",
     ]  # fmt: skip

@@ -72,21 +72,25 @@ class Guide(PyroModule):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """The Pyro program."""
         self.check_parameters(*args, **kwargs)
-        self._program(self.space(*args, **kwargs), args, kwargs)
+        self._run(args, kwargs)
 
     def check_parameters(self, *args: Any, **kwargs: Any) -> None:
         """Raise `ParameterCollision` when Pyro's store holds another model's tensor under one of our names."""
         if self._ledger is None:
-            space, ledger = self.space(*args, **kwargs), store.Ledger()
+            ledger = store.Ledger()
 
             def both() -> None:
-                self._program(space, args, kwargs)
+                self._run(args, kwargs)
                 self.model(*args, **kwargs)
 
             with preserve_rng(), torch.no_grad(), evaluating(self.model, self):
                 ledger.record(both)
             self.__dict__["_ledger"] = ledger
         self._ledger.check(f"{type(self).__name__} or its model")
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The program without the check."""
+        self._program(self.space(*args, **kwargs), args, kwargs)
 
     def _program(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         write = self._prepare(space, args, kwargs)  # before the plate opens: inner runs of the model open it too

@@ -149,18 +149,15 @@ class RecursiveMixture(FamilyGuide):
         return self._family
 
     def lam(self, *args: Any, **kwargs: Any) -> Tensor:
-        family = self.family(*args, **kwargs)
         parts, log_new, log_old = self._parts(False, *args, **kwargs)
         kept = log_old.flip(0).cumsum(0).flip(0) - log_old
         logits = (log_new + kept).movedim(0, -1)
-        return torch.cat([logits, *(part[:, : family.dim] for part in parts),
-                          *(part[:, family.dim :] for part in parts)], dim=-1)  # fmt: skip
+        return torch.cat([logits, parts.unflatten(-1, (2, -1)).movedim(-2, 1).flatten(1)], dim=-1)
 
     def stages(self, *args: Any, **kwargs: Any) -> Stages:
         """The components and how they were mixed; a shared trunk hears the first component alone."""
         parts, log_new, log_old = self._parts(True, *args, **kwargs)
-        normals = [DiagonalNormal(self.family(*args, **kwargs).dim)._parts(part) for part in parts]
-        locs, scales = (torch.stack(some) for some in zip(*normals, strict=True))
+        locs, scales = DiagonalNormal(self.family(*args, **kwargs).dim)._parts(parts.movedim(1, 0))
         return Stages(locs, scales, log_new, log_old)
 
     def blocks(self) -> list[list[nn.Parameter]]:
@@ -170,23 +167,23 @@ class RecursiveMixture(FamilyGuide):
         found[0] = trunk + found[0]
         return [*found, [] if self.weights is None else list(self.weights.parameters())]
 
-    def _parts(self, staged: bool, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-        """`lam: [B, 2 D]` of every component; log e_m and log (1 - e_m), `[M, B]`."""
+    def _parts(self, staged: bool, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """`lam` of every component, `[B, M, 2 D]`; log e_m and log (1 - e_m), `[M, B]`."""
         x = self.encoder_input(*args, **kwargs)
         single = DiagonalNormal(self.family(*args, **kwargs).dim)
         if self.trunk is None:
-            parts = [encode(part, x, single) for part in self.components]
-            source = torch.cat(parts, dim=-1) if self._own_weights else x
+            parts = torch.stack([encode(part, x, single) for part in self.components], dim=1)
+            source = parts.flatten(1) if self._own_weights else x
         else:
             features = run_encoder(self.trunk, x)
             parts = _heads([cast(nn.Linear, part) for part in self.components], features, staged)
-            single._check(parts[0])
+            single._check(parts)
             source = features if self._own_weights else x
-        log_new = [torch.zeros_like(parts[0][:, 0])]
+        log_new = [torch.zeros_like(parts[:, 0, 0])]
         log_old = [log_new[0]]
         if self.weights is not None:
             gates = run_encoder(self.weights, source.detach() if self._own_weights else source)
-            if gates.shape != (len(parts[0]), self.num_components - 1):
+            if gates.shape != (len(parts), self.num_components - 1):
                 raise ValueError(
                     f"weights must return [B, {self.num_components - 1}], one logit for each component after the "
                     f"first, but returned {tuple(gates.shape)}"
@@ -197,16 +194,16 @@ class RecursiveMixture(FamilyGuide):
         return parts, torch.stack(log_new), torch.stack(log_old)
 
 
-def _heads(heads: list[nn.Linear], features: Tensor, staged: bool) -> list[Tensor]:
-    """All last layers as one; with `staged` the features hear from the first alone."""
+def _heads(heads: list[nn.Linear], features: Tensor, staged: bool) -> Tensor:
+    """All last layers as one, `[B, M, 2 D]`; with `staged` the features hear from the first alone."""
     first, rest = heads[:1], heads[1:]
     groups = [(features, first), (features.detach(), rest)] if staged and rest else [(features, heads)]
     found: list[Tensor] = []
     for source, group in groups:
         bias = None if group[0].bias is None else torch.cat([head.bias for head in group])
         output = functional.linear(source, torch.cat([head.weight for head in group]), bias)
-        found += output.chunk(len(group), dim=-1)
-    return found
+        found.append(output.unflatten(-1, (len(group), -1)))
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
 
 def _layers(encoder: nn.Module) -> list[nn.Module]:

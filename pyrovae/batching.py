@@ -11,9 +11,22 @@ from torch.utils import _pytree as pytree
 
 from pyrovae.errors import BatchError
 
-__all__ = ["Batched", "RowArguments"]
+__all__ = ["Batched", "RowArguments", "Shared"]
 
 Batched = Literal["auto"] | Sequence[str | int]
+
+
+class Shared:
+    """Tensors of a call that belong to all rows, whatever their shapes; `values` is a dict of them."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+
+pytree.register_pytree_node(
+    Shared, lambda shared: (list(shared.values.values()), list(shared.values)),
+    lambda tensors, names: Shared(dict(zip(names, tensors, strict=True))),
+)  # fmt: skip
 
 
 class RowArguments:
@@ -42,7 +55,8 @@ class RowArguments:
             return change(value) if carries else value
 
         def chosen(key: str | int, value: Any) -> Any:
-            return pytree.tree_map(leaf, value) if self._batched == "auto" or key in self._batched else value
+            taken = self._batched == "auto" or key in self._batched
+            return pytree.tree_map(leaf, value, is_leaf=_is_shared) if taken else value
 
         args = tuple(chosen(position, value) for position, value in enumerate(self.args))
         return args, {name: chosen(name, value) for name, value in self.kwargs.items()}
@@ -61,10 +75,14 @@ class RowArguments:
         for key, value in [*enumerate(self.args), *self.kwargs.items()]:
             if self._batched != "auto" and key not in self._batched:
                 continue
-            leaves = pytree.tree_flatten(value)[0]
+            leaves = pytree.tree_flatten(value, is_leaf=_is_shared)[0]
             if any(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.size for leaf in leaves):
                 found.append(f"argument {key}" if isinstance(key, int) else repr(key))
         return found
+
+
+def _is_shared(value: Any) -> bool:
+    return isinstance(value, Shared)
 
 
 def check_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -27,7 +27,9 @@ from pyrovae.plates import per_datum
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.sites import LatentSite, pack, simplify
 
-__all__ = ["AtLatents", "Structure", "evaluate", "hidden_samples", "inspect_model", "prior_draw", "remaining_scales"]
+__all__ = [
+    "AtLatents", "Structure", "counts", "evaluate", "hidden_samples", "inspect_model", "prior_draw", "remaining_scales",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Structure:
         return site.arrange(u[..., site.slice], joint=self.joint, padded=padded)
 
 
-def _counts(site: dict[str, Any]) -> bool:
+def counts(site: dict[str, Any]) -> bool:
     """Whether a trace node is a random site (not a plate's row draw, a parameter or `pyro.deterministic`)."""
     return site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
 
@@ -66,7 +68,7 @@ def inspect_model(
 ) -> Structure:
     """Find the latents of a model from two runs (two, to see which supports move)."""
     trace, twin = _trace(model, args, kwargs), _trace(model, args, kwargs)
-    nodes = {name: site for name, site in trace.nodes.items() if _counts(site)}
+    nodes = {name: site for name, site in trace.nodes.items() if counts(site)}
     if plate is not None:
         _check_plates(nodes, plate)
     sites: list[LatentSite] = []
@@ -227,7 +229,7 @@ class AtLatents(poutine.messenger.Messenger):
         msg["is_observed"] = True
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if not _counts(msg):
+        if not counts(msg):
             return
         if self.check and msg["name"] not in self.sites and msg["is_observed"]:
             _check_support(msg["name"], msg["fn"], msg["value"], msg["mask"])
@@ -283,7 +285,7 @@ def remaining_scales(
     """Each site's scale once the data plate's N/B is taken out (the extreme one, where a scale is a tensor)."""
     scales = {}
     for name, site in _trace(model, args, kwargs).nodes.items():
-        if _counts(site):
+        if counts(site):
             scale = torch.as_tensor(site["scale"], dtype=torch.double)
             for frame in site["cond_indep_stack"]:
                 if frame.name == plate:

@@ -45,7 +45,23 @@ class MixtureOfNormals(TorchDistribution):
 
     def __init__(self, logits: Tensor, locs: Tensor, scales: Tensor, validate_args: bool | None = None) -> None:
         self.logits, self.locs, self.scales = logits, locs, scales
-        super().__init__(logits.shape[:-1], locs.shape[-1:], validate_args=validate_args)
+        # Torch's own checks of three arguments take as long as a layer of the encoder that made them.
+        super().__init__(logits.shape[:-1], locs.shape[-1:], validate_args=False)
+        default = torch.distributions.Distribution._validate_args
+        self._validate_args = default if validate_args is None else validate_args
+        if self._validate_args:
+            self._check()
+
+    def _check(self) -> None:
+        """Raise for arguments that are not finite, and scales that are not positive."""
+        shapes = [tuple(part.shape) for part in (self.logits, self.locs, self.scales)]
+        if shapes[1] != shapes[2] or shapes[1][:-1] != shapes[0]:
+            raise ValueError(f"a mixture takes logits [..., M], locs and scales [..., M, D], got {shapes}")
+        for name, value in (("logits", self.logits), ("locs", self.locs), ("scales", self.scales)):
+            if value.numel() and not value.abs().amax() < torch.inf:  # a maximum passes NaN on
+                raise ValueError(f"{name} of a mixture are NaN or infinite")
+        if self.scales.numel() and not self.scales.amin() > 0:
+            raise ValueError("scales of a mixture must be positive")
 
     @property
     def num_components(self) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["active", "mix", "normal", "per_datum", "row_seeds", "rows"]
+__all__ = ["active", "mix", "normal", "per_datum", "row_seeds", "rows", "suspended"]
 
 _generators: list[torch.Generator] | None = None
 
@@ -37,6 +37,17 @@ def rows(index: Tensor) -> Iterator[None]:
     outer = _generators
     if outer is not None:
         _generators = [outer[row] for row in index.tolist()]
+    try:
+        yield
+    finally:
+        _generators = outer
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Draw from torch's global state inside a `per_datum` block, for programs that know of nothing else."""
+    global _generators
+    outer, _generators = _generators, None
     try:
         yield
     finally:

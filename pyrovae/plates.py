@@ -78,7 +78,8 @@ def read_plate(model: Callable[..., Any], name: str, args: tuple[Any, ...], kwar
         PlateError: no such plate (the message lists the plates there are), or one that draws its own rows.
     """
     probe = _PlateProbe(name)
-    with preserve_rng(), torch.no_grad(), poutine.block(), probe:
+    # Nothing is checked here: a recording reads the plate, too, and cannot branch on values.
+    with preserve_rng(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False), probe:
         try:
             model(*args, **kwargs)
         except _Found:
