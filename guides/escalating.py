@@ -13,12 +13,14 @@ chains i = 1..C, their means m_id and standard deviations s_id,
 is 0.95 for a guide that agrees with them, about 0.95 w where a chain sits in a mode of mass w, and 0 where the guide
 has no draws there. A mode of mass w is missed by all C chains with a probability of about (1 - w)^C.
 
-A datum that no guide satisfies is served by the one with the smallest k-hat, of those that cover the chains where any
-does. Draws that decide are not the draws that are reported.
+A datum that no guide satisfies is served by the one with the largest log-mean-exp of weights, of those that cover the
+chains where any does: a narrow guide's k-hat may be small because its draws never meet the tail. Draws that decide are
+not the draws that are reported.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -216,21 +218,21 @@ class Escalating(ChainGuide):
     def _judge(self, *args: Any, **kwargs: Any) -> tuple[Served, list[_Tried]]:
         """Ask guide after guide about the data that are still open."""
         space = self.space(*args, **kwargs)
-        bound = space.bind(*args, **kwargs)
-        size = bound.rows.size
-        paths = self._paths(space, bound, args, kwargs) if self.chains else None
+        log_joint = space.bind(*args, **kwargs)
+        size = log_joint.rows.size
+        paths = self._paths(space, log_joint, args, kwargs) if self.chains else None
         shape = (len(self.guides), size)
         khat = torch.full(shape, torch.nan, dtype=torch.double)
-        coverage = torch.full(shape, torch.nan, dtype=torch.double)
+        coverage, bound = (torch.full(shape, value, dtype=torch.double) for value in (torch.nan, -torch.inf))
         good = torch.zeros(shape, dtype=torch.bool)
         open_, tried = torch.arange(size), []
         for g, guide in enumerate(self._guides()):
-            rows = open_ if bound.foldable else torch.arange(size)  # a plate of fixed size takes all its rows
-            some, more = (args, kwargs) if len(rows) == size else bound.rows.rows(rows)
+            rows = open_ if log_joint.foldable else torch.arange(size)  # a plate of fixed size takes all its rows
+            some, more = (args, kwargs) if len(rows) == size else log_joint.rows.rows(rows)
             with noise.rows(rows):
                 sampler = guide._sampler(*some, **more)
                 weights = weigh(sampler, space.bind(*some, **more), self.num_samples)
-                khat[g, rows] = _khat(weights)
+                khat[g, rows], bound[g, rows] = _khat(weights), _bound(weights)
                 good[g, rows] = khat[g, rows] <= self.khat
                 if paths is not None:
                     u = sampler.draw(_COVERAGE_DRAWS)[0]
@@ -240,7 +242,7 @@ class Escalating(ChainGuide):
             open_ = open_[~good[g, open_]]
             if not len(open_):
                 break
-        stage, satisfied = _choose(khat, coverage >= self.coverage, good)
+        stage, satisfied = _choose(bound, coverage >= self.coverage, good)
         names = tuple(guide.traits.name for guide in self._guides())
         return Served(names, stage, satisfied, khat, None if paths is None else coverage, self.khat), tried
 
@@ -254,11 +256,17 @@ class Escalating(ChainGuide):
 
 def _khat(weights: Tensor) -> Tensor:
     """k-hat `[b]` of `[S, b]`; the worst where weights are no numbers, or all zero."""
-    usable = ~(weights.isnan() | (weights == torch.inf)).any(0) & (weights > -torch.inf).any(0)
+    usable = _bound(weights) > -torch.inf
     found = torch.full(usable.shape, torch.inf, dtype=torch.double)
     if usable.any():
-        found[usable.cpu()] = pareto_khat(weights[:, usable]).cpu()
+        found[usable] = pareto_khat(weights[:, usable.to(weights.device)]).cpu()
     return found
+
+
+def _bound(weights: Tensor) -> Tensor:
+    """log-mean-exp `[b]` of `[S, b]`; -inf where weights are no numbers."""
+    found = torch.logsumexp(weights.double(), 0) - math.log(len(weights))
+    return torch.where(found < torch.inf, found, -torch.inf).cpu()
 
 
 def _coverage(u: Tensor, paths: Tensor) -> Tensor:
@@ -267,10 +275,9 @@ def _coverage(u: Tensor, paths: Tensor) -> Tensor:
     return near.double().mean(1).amin((0, -1)).cpu()
 
 
-def _choose(khat: Tensor, covers: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
-    """The first guide that is good `[B]`, else the one with the smallest k-hat; and whether it is good `[B]`."""
+def _choose(bound: Tensor, covers: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
+    """The first guide that is good `[B]`, else the one with the largest bound; and whether it is good `[B]`."""
     satisfied = good.any(0)
     first = good.to(torch.uint8).argmax(0)
-    known = khat.nan_to_num(nan=torch.inf, posinf=1e6, neginf=-1e6)
-    least = torch.where(covers.any(0), torch.where(covers, known, torch.inf), known).argmin(0)
-    return torch.where(satisfied, first, least), satisfied
+    among = torch.where(covers | ~covers.any(0), bound, -torch.inf)
+    return torch.where(satisfied, first, among.argmax(0)), satisfied

@@ -18,8 +18,8 @@ from pyrovae.certification.problems import Problem
 from pyrovae.families import Family, get_family
 
 __all__ = [
-    "Lookup", "NotCertified", "amortized", "boosted", "dais", "density_short_run", "flow", "hvae", "laplace", "local",
-    "mixture", "recursive", "refined", "short_run", "unaided", "wide_start",
+    "Lookup", "NotCertified", "amortized", "boosted", "dais", "density_short_run", "escalating", "flow", "hvae",
+    "laplace", "local", "mixture", "recursive", "refined", "short_run", "unaided", "wide_start",
 ]  # fmt: skip
 
 _DRAWS = 128  # per inner gradient of a refinement that is trained
@@ -147,6 +147,15 @@ def dais(best: Best) -> guides.DAIS:
 
 def hvae(best: Best) -> guides.HVAE:
     return guides.HVAE(amortized(best), 3, dim=best.problem.dim)
+
+
+def escalating(best: Best) -> guides.Escalating:
+    """A Gaussian so far away that no datum may end with it, then two searches."""
+    problem = best.problem
+    lam = start(problem, get_family("diagonal", problem.dim))
+    lam[:, : problem.dim] += 6 * problem.truth.sd
+    far = guides.Amortized(problem.model, Lookup(problem.x, lam))
+    return guides.Escalating([far, local(best, "diagonal"), local(best, "full-rank")])
 
 
 def density_short_run(best: Best, num_steps: int) -> guides.DensityShortRun:

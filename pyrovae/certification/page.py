@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,17 @@ from torch import Tensor
 
 from pyrovae.certification.best import Best
 from pyrovae.certification.checks import IWAE_DRAWS, Check, Error, iwae
+from pyrovae.certification.joint_mode import PROBLEM, JointCheck
 from pyrovae.certification.outcome import Outcome
 from pyrovae.certification.recipes import SEARCHED, Rule
+from pyrovae.certification.schools import best_gaussian, posterior
 
-__all__ = ["COLUMNS", "cells", "markdown", "to_rich"]
+__all__ = ["COLUMNS", "JOINT_COLUMNS", "cells", "joint_rows", "joint_to_rich", "markdown", "to_rich"]
 
 COLUMNS = ("guide", "mean", "covariance", "ELBO", "evidence", "k-hat", "verdict")
+JOINT_COLUMNS = (
+    "guide", "", "log p(y) - ELBO", "log p(y) - IWAE", "mean of tau", "sd of tau", "k-hat", "verdict",
+)  # fmt: skip
 
 FAMILIES = {
     "diagonal": "diagonal Gaussian",
@@ -52,38 +58,73 @@ def _error(error: Error | None) -> str:
 
 def to_rich(outcome: Outcome) -> Any:
     """A `rich` table."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=f"Certification: {_summary(outcome)}", caption=LEGEND, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        title_justify="left", caption_justify="left",
-    )  # fmt: skip
-    for column in ("problem", *COLUMNS):
-        table.add_column(column, justify="left" if column in ("problem", "guide", "verdict") else "right", no_wrap=True)
+    table = _table(f"Certification: {_summary(outcome.checks)}", LEGEND, ("problem", *COLUMNS))
     previous = ""
     for check in outcome.checks:
         if previous not in ("", check.problem):
             table.add_section()
-        style = {"FAIL": "bold red", "not certified": "dim"}.get(check.verdict, "")
+        style = _STYLES.get(check.verdict, "")
         table.add_row(check.problem if check.problem != previous else "", *cells(check), style=style)
         previous = check.problem
     return table
 
 
-def _summary(outcome: Outcome) -> str:
-    counts = {word: sum(c.verdict == word for c in outcome.checks) for word in ("pass", "FAIL", "not certified")}
+def joint_to_rich(outcome: Outcome) -> Any:
+    """A `rich` table of eight schools."""
+    table = _table(f"{PROBLEM}: {_summary(outcome.joint)}", "Nats; standard errors of draws.", JOINT_COLUMNS)
+    for row in joint_rows(outcome.joint):
+        table.add_row(*row, style=_STYLES.get(row[-1], ""))
+    return table
+
+
+_STYLES = {"FAIL": "bold red", "not certified": "dim"}
+
+
+def _table(title: str, caption: str, columns: Sequence[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
+        caption_justify="left",
+    )  # fmt: skip
+    for column in columns:
+        left = column in ("problem", "guide", "", "verdict")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def _summary(checks: Sequence[Check | JointCheck]) -> str:
+    counts = {word: sum(c.verdict == word for c in checks) for word in ("pass", "FAIL", "not certified")}
     return f"{counts['pass']} pass, {counts['FAIL']} fail, {counts['not certified']} not certified"
+
+
+def joint_rows(checks: Sequence[JointCheck]) -> list[list[str]]:
+    """Eight schools: what is exact, and the guides."""
+    truth, rows = posterior(), []
+    rows.append(["exact", "posterior", "", "", f"{truth.mean:.2f}", f"{truth.sd:.2f}", "", ""])
+    for about, full_rank in (("best diagonal Gaussian", False), ("best full-rank Gaussian", True)):
+        best = best_gaussian(full_rank)
+        gap = f"{truth.log_evidence - best.elbo:.3f}"
+        rows.append(["exact", about, gap, "", f"{best.mean:.2f}", f"{best.sd:.2f}", "", ""])
+    for check in checks:
+        gaps = [f"{value:.3f} ± {se:.3f}" for value, se in (check.gap, check.iwae_gap)]
+        taus = [f"{value:.2f} ± {se:.2f}" for value, se in (check.tau_mean, check.tau_sd)]
+        rows.append([check.guide, check.about, *gaps, *taus, f"{check.khat:.2f}", check.verdict])
+    return rows
 
 
 def markdown(outcome: Outcome) -> str:
     """The whole page."""
     parts = [
         _HEAD.format(
-            summary=_summary(outcome), trained=_tolerance(Rule()), searched=_tolerance(SEARCHED), draws=IWAE_DRAWS
+            summary=_summary((*outcome.checks, *outcome.joint)), trained=_tolerance(Rule()),
+            searched=_tolerance(SEARCHED), draws=IWAE_DRAWS,
         )
     ]
-    parts.append(_block(["guide", "held against"], [[f"`{n}`", words] for n, words in _standards(outcome).items()]))
+    if outcome.checks:
+        standards = [[f"`{name}`", words] for name, words in _standards(outcome).items()]
+        parts.append(_block(["guide", "held against"], standards))
     for name, best in outcome.bests.items():
         parts.append(f"## {name}\n\n{best.problem.about}.")
         rows = _families(best)
@@ -91,11 +132,25 @@ def markdown(outcome: Outcome) -> str:
             parts.append(_block(["standard", "log p(x) - ELBO", "log p(x) - IWAE", "mean", "sd"], rows))
         checks = [check for check in outcome.checks if check.problem == name]
         parts.append(_block(list(COLUMNS), [_marked(cells(check)) for check in checks]))
-        notes = [f"* `{c.guide}`: {c.verdict}: {'; '.join(c.reasons)}." for c in checks if c.reasons]
-        if notes:
-            parts.append("\n".join(notes))
+        parts += _notes(checks)
+    if outcome.joint:
+        rows = [_marked(row) for row in joint_rows(outcome.joint)]
+        parts += [_JOINT, _block(list(JOINT_COLUMNS), rows), *_notes(outcome.joint)]
     return "\n\n".join([*parts, _origin(outcome)]) + "\n"
 
+
+def _notes(checks: Sequence[Check | JointCheck]) -> list[str]:
+    notes = [f"* `{c.guide}`: {c.verdict}: {'; '.join(c.reasons)}." for c in checks if c.reasons]
+    return ["\n".join(notes)] if notes else []
+
+
+_JOINT = f"""## {PROBLEM}
+
+Guides in joint mode on one posterior of ten latents: mu ~ N(0, 5), tau ~ HalfCauchy(5), eta_j ~ N(0, 1), y_j ~ N(mu +
+tau eta_j, sigma_j), float32. The posterior of tau is exact (a grid in log tau; mu and eta integrate out), and so are
+the best Gaussians. Gaussians make tau's tail too short. A Gaussian guide must be the best one; the mixtures and `dais`
+must have more of tau's standard deviation than the best diagonal one, and not more than the posterior; `hvae`, whose
+base is that Gaussian, must not fall below its ELBO."""
 
 _HEAD = """# Certification
 

@@ -20,6 +20,7 @@ from pyrovae.certification.builders import (
     boosted,
     dais,
     density_short_run,
+    escalating,
     flow,
     hvae,
     laplace,
@@ -200,6 +201,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     "dais": Recipe(dais, _diagonal, STEPPED, chains, rate=0.05, aim="at least", pooled=True),
     "hvae": Recipe(hvae, _diagonal, STEPPED, chains, rate=0.05, aim="at least", pooled=True),
+    "escalating": Recipe(
+        escalating, _diagonal, "at least the best diagonal Gaussian; at most the best full-rank one", aim="at least",
+        ceiling=_full_rank, calls=1,
+    ),
     "short-run-hmc": Recipe(
         lambda best: short_run(best, CHAIN, num_leapfrog=LEAPFROG), lambda best: _law(best, num_leapfrog=LEAPFROG),
         f"the law of {CHAIN} HMC trajectories from the prior", rule=SEARCHED,

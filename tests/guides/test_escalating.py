@@ -15,7 +15,7 @@ from torch import nn
 
 from pyrovae import diagnose, evidence, fit, guides, noise
 from pyrovae.errors import IncompatibleError
-from pyrovae.guides.escalating import _choose, _coverage, _khat
+from pyrovae.guides.escalating import _bound, _choose, _coverage, _khat
 from pyrovae.models import PPCA
 from pyrovae.samplers import adaptive
 
@@ -127,7 +127,7 @@ def test_two_chains_miss_a_mode_as_often_as_they_should():
 
 
 def test_nobody_is_left_unserved():
-    """The smallest k-hat serves, and is not called satisfied."""
+    """The largest bound serves, and is not called satisfied."""
     bad = [gaussian_at(scalar, [0.0], [-1.0]), gaussian_at(scalar, [1.0], [-1.0]), gaussian_at(scalar, [-9.0], [-1.0])]
     found = guides.Escalating(bad).served(X[1:2])
     assert found.stage.tolist() == [1]
@@ -138,15 +138,18 @@ def test_nobody_is_left_unserved():
 
 def test_choice_by_hand():
     nan, inf = math.nan, math.inf
-    khat = torch.tensor([[0.6, 0.9, 0.8, inf], [nan, 0.5, 0.75, inf]]).double()
+    bound = torch.tensor([[-2.0, -3.0, -2.0, -inf], [-inf, -1.0, -1.0, -inf]]).double()
     covers = torch.tensor([[True, True, True, False], [False, True, False, True]])
-    good = (khat <= 0.7) & covers
-    stage, satisfied = _choose(khat, covers, good)
-    assert stage.tolist() == [0, 1, 0, 1]  # the third by coverage before k-hat, the fourth by coverage alone
+    good = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    stage, satisfied = _choose(bound, covers, good)
+    assert stage.tolist() == [0, 1, 0, 0]  # the third by coverage before the bound
     assert satisfied.tolist() == [True, True, False, False]
+    stage, _ = _choose(bound, torch.zeros_like(covers), torch.zeros_like(good))
+    assert stage.tolist() == [0, 1, 1, 0]
     weights = torch.zeros(50, 4).double()
     weights[3, 0], weights[:, 1], weights[2, 2] = nan, -inf, inf
     assert _khat(weights).tolist() == [inf, inf, inf, -inf]
+    assert _bound(weights).tolist() == [-inf, -inf, -inf, 0.0]
 
 
 def test_coverage_by_hand():
