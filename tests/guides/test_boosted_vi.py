@@ -102,7 +102,7 @@ def test_eight_schools_in_joint_mode():
         elbos.append((space.log_joint(u) - q.log_prob(u))[:, 0])
         spreads.append(space.constrain(u)["tau"].std())
     gain, se = elbos[1].mean() - elbos[0].mean(), ((elbos[0].var() + elbos[1].var()) / 40_000) ** 0.5
-    assert gain > 3 * se
+    assert gain > 0.1 + 3 * se
     assert spreads[0] < spreads[1] < 4.0
     guide = guides.BoostedVI(model, 2, plate=None, num_steps=50)
     assert guide.sample(7)["eta"].shape == (7, 8)
