@@ -72,8 +72,8 @@ class Boosting:
         num_components: at most.
         weights: "line-search" chooses w_t by the mixture's ELBO; "corrective" then chooses all weights again; "fixed"
             takes w_t = 2 / (t + 2), t = 1, 2, ...
-        bound: C, nats; `math.inf` for none. Large ones put components beyond the posterior's mass, where weights close to
-            zero take them back (C = 10 gains nothing on a curved posterior of two latents); small ones stop early.
+        bound: C, nats; `math.inf` for none. Large ones put components beyond the posterior's mass, where weights close
+            to zero take them back (C = 10 gains nothing on a curved posterior of two latents); small ones stop early.
         entropy: lambda; 0 because the bound does its work (Locatello et al. take 1 / sqrt(t + 1) without a bound). It
             makes components wider than they should be.
         tolerance: duality gap in nats below which a datum takes no more components.

@@ -46,7 +46,7 @@ class Row:
     about: str
     build: Callable[[Callable[..., Any]], DensityGuide]
     aim: Literal["diagonal", "full-rank", "gain", "at least"] = "gain"
-    loss: str = "stratified"
+    loss: Literal["reparam", "stl", "dreg", "stratified"] = "stratified"
     draws: int = 64
     steps: int = 500
     rate: float = 0.05

@@ -87,7 +87,8 @@ class Outcome:
 
     @property
     def failed(self) -> list[Check | JointCheck]:
-        return [check for check in (*self.checks, *self.joint) if check.verdict == "FAIL"]
+        found: list[Check | JointCheck] = [*self.checks, *self.joint]
+        return [check for check in found if check.verdict == "FAIL"]
 
     @property
     def passed(self) -> bool:
