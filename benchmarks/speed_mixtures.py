@@ -41,6 +41,11 @@ def lines(options: Options) -> list[Line]:
         what = f"RecursiveMixture M = {M}, {trunk}: a posterior"
         found.append(compare(what, ours, "encoder pass of a VAE", encoder, options, threads=2, repeats=100, must=must,
                              aim=aim))  # fmt: skip
+    encoders = list(mixtures["separate"].components)
+    bare = without_gradient(lambda batch: [encoder(batch) for encoder in encoders])
+    found.append(compare(f"RecursiveMixture M = {M}, separate: a posterior",
+                         without_gradient(mixtures["separate"].posterior), f"passes of its {M} encoders", bare, options,
+                         threads=2, repeats=100, must=1.1))  # fmt: skip
     ours, theirs = without_gradient(mixtures["shared"].posterior), without_gradient(semi.posterior)
     name = f"SemiAmortized K = {STEPS}: a posterior"
     what = f"RecursiveMixture M = {M}, shared: a posterior"
