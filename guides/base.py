@@ -12,6 +12,7 @@ model's. It opens the model's own data plate, never stores a batch size and neve
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -153,12 +154,26 @@ class Sampler(NamedTuple):
 
 
 def weigh(sampler: Sampler, log_joint: LogJoint, num_samples: int) -> Tensor:
-    """log p(x, u_s) - log q(u_s) at draws of a posterior, `[S, B]`; block by block, to bound memory."""
+    """log p(x, u_s) - log q(u_s) at draws of a posterior, `[S, B]`; block by block, to bound memory.
+
+    Where a chain has run away to infinity its weight is zero, with a warning (in training it stays NaN): the weights'
+    mean then is at most log p(x)'s exponential, so bounds remain bounds.
+    """
     block = _BLOCK_SAMPLES if noise.active() else max(1, _BLOCK_ROWS // log_joint.rows.size)
     parts = []
     for start in range(0, num_samples, block):
         u, log_q = sampler.draw(min(block, num_samples - start))
-        parts.append(log_joint(u) - log_q)
+        lost = ~(u.isfinite().all(-1) & log_q.isfinite())
+        if torch.is_grad_enabled() or not lost.any() or lost.all(0).any():  # all lost: more is wrong than a step size
+            parts.append(log_joint(u) - log_q)
+            continue
+        warnings.warn(
+            f"{int(lost.sum())} of {lost.numel()} chains ran away to infinity and count with weight zero: train the "
+            "guide, or take smaller steps",
+            stacklevel=2,
+        )
+        weights = log_joint(torch.where(lost.unsqueeze(-1), 0.0, u)) - torch.where(lost, 0.0, log_q)
+        parts.append(torch.where(lost, -torch.inf, weights))
     return torch.cat(parts)
 
 

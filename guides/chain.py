@@ -117,4 +117,7 @@ class FromBase(ChainGuide):
             u, log_q = family.rsample_and_log_prob(lam, eps)
             return u, log_q - extra
 
-        return family(lam), draw
+        q = family(lam)
+        for part in (q, getattr(q, "base_dist", q)):
+            part._validate_args = False  # a chain that runs away costs its own weight, not everyone's: see `weigh`
+        return q, draw

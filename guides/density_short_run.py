@@ -25,6 +25,7 @@ from torch import Tensor
 from pyrovae import handlers, noise
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
+from pyrovae.errors import LatentError
 from pyrovae.guides.base import FamilyGuide
 from pyrovae.guides.chain import ChainGuide
 from pyrovae.guides.short_run import step_sizes
@@ -109,6 +110,11 @@ class DensityShortRun(ChainGuide):
         """End points `[S, B, D]`, log q `[S, B]`, and the share of each chain's steps that were not injective."""
         log_joint, beta = self.space(*args, **kwargs).bind(*args, **kwargs), handlers.kl_weight()
         if self.init is None:
+            if log_joint.space.enumerated:
+                raise LatentError(
+                    f"DensityShortRun cannot start from the prior where discrete latents {log_joint.space.enumerated} "
+                    "are summed out, as the density of that prior is not known: start from a guide, init=..."
+                )
             u = self.space(*args, **kwargs).prior(number, *args, **kwargs)
             log_q = log_joint.terms(u)[0]
         else:

@@ -58,6 +58,8 @@ class HVAE(FromBase):
         dim: int | None = None,
     ) -> None:
         super().__init__(base, num_steps, step_size, max_step_size)
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim is the number of latents, or None for a step size they share, got {dim}")
         if num_steps < 0:
             raise ValueError(f"HVAE needs num_steps >= 0, got {num_steps}")
         if not 0 < temperature <= 1:
@@ -79,6 +81,11 @@ class HVAE(FromBase):
     def _chain(self, *args: Any, **kwargs: Any) -> Callable[[int], tuple[Tensor, Tensor]]:
         log_joint, beta = self.space(*args, **kwargs).bind(*args, **kwargs), handlers.kl_weight()
         q, draw = self._start(*args, **kwargs)
+        if self.num_steps and self.step.numel() not in (1, self.space(*args, **kwargs).dim):
+            raise ValueError(
+                f"HVAE has dim={self.step.numel()} step sizes, but the model has {self.space(*args, **kwargs).dim} "
+                "latents per datum: give it that number, or None for a step size they share"
+            )
 
         def run(number: int) -> tuple[Tensor, Tensor]:
             u, log_q = draw(number)

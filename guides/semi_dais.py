@@ -10,38 +10,56 @@ subsampled: the sum over a mini-batch, times N / B, has the mean of the whole su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from pyrovae import handlers, noise
 from pyrovae.batching import Batched, Shared
 from pyrovae.compat import GuideTraits
-from pyrovae.errors import LatentError, ScaleError
+from pyrovae.errors import LatentError, NoDensityError, ScaleError
 from pyrovae.families import Family
 from pyrovae.guides.amortized import Amortized, first_argument
 from pyrovae.guides.base import Guide
 from pyrovae.guides.dais import DAIS
 from pyrovae.joint import counts
+from pyrovae.latents import LatentSpace
+from pyrovae.plates import read_plate
 from pyrovae.runtime import evaluating, preserve_rng
 
 __all__ = ["SemiDAIS"]
 
 
 class _Given:
-    """The model with its globals fixed: what is left is a program of local latents alone."""
+    """The model with its globals fixed, and all that lies outside the plate unseen: a program of the rows alone."""
 
-    def __init__(self, model: Callable[..., Any]) -> None:
-        self.model = model
+    def __init__(self, model: Callable[..., Any], plate: str) -> None:
+        self.model, self.plate = model, plate
 
     def __call__(self, *args: Any, given: Shared, **kwargs: Any) -> Any:
-        with poutine.block(hide=list(given.values)), poutine.condition(data=given.values):
+        with poutine.block(hide_fn=self._outside), poutine.condition(data=given.values):
             return self.model(*args, **kwargs)
+
+    def _outside(self, site: dict[str, Any]) -> bool:
+        return counts(site) and _outside(site, self.plate)
+
+
+def _outside(site: dict[str, Any], plate: str | None) -> bool:
+    return all(frame.name != plate for frame in site["cond_indep_stack"])
+
+
+def _log_prob(sites: Iterable[dict[str, Any]]) -> Tensor:
+    """Scaled and masked, as Pyro's losses count it."""
+    terms = [scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum() for site in sites]
+    return torch.stack(terms).sum()
 
 
 class SemiDAIS(Guide):
@@ -62,10 +80,12 @@ class SemiDAIS(Guide):
 
     Note:
         Train it with stock `Trace_ELBO`, or `losses.ELBO()`. To the outside the program is one datum (`plate=None`):
-        `log_weights` is `[S, 1]`, for all data at once, and its draws are taken one after another.
+        `log_weights` is `[S, 1]`, for all data at once, and its draws are taken one after another. What the model
+        observes outside the plate counts in the bound; if it depends on local latents, the chains do not see it.
 
     Raises:
         LatentError: the global guide's sites are not the model's globals.
+        NoDensityError: importance weights with a global guide that fixes a global at a point (`AutoDelta`).
     """
 
     traits = GuideTraits(name="SemiDAIS", marginal=False)
@@ -94,13 +114,23 @@ class SemiDAIS(Guide):
 
         self.global_guide = global_guide
         base = Amortized(
-            _Given(model), encoder, family, encoder_input=without_globals, plate=plate, batched=batched
+            _Given(model, plate), encoder, family, encoder_input=without_globals, plate=plate, batched=batched
         )
         self.local = DAIS(base, num_steps, step_size=step_size, max_step_size=max_step_size, keep=keep)
-        self.__dict__["_names"] = None
+        self.__dict__["_sizes"] = None
 
     def _describe(self) -> str:
         return f"num_steps={self.local.num_steps}, "
+
+    def space(self, *args: Any, **kwargs: Any) -> LatentSpace:
+        """Of this call: the number of latents grows with the rows of the plate."""
+        return LatentSpace(self.model, *args, plate=None, batched=self.batched, **kwargs)
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Any:
+        raise NoDensityError(
+            "SemiDAIS knows the density of its whole chains, not that of their end points: use guide.log_weights "
+            "(which are valid importance weights), or guide.sample for draws"
+        )
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(frame.vectorized for frame in get_plates()):
@@ -110,35 +140,36 @@ class SemiDAIS(Guide):
         given = {"given": Shared(self._globals(args, kwargs)[0])}
         self.local._program(self.local.space(*args, **given, **kwargs), args, {**given, **kwargs})
 
-    def _globals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """A draw of the globals, and the trace-wise log q of the guide that drew them."""
+    def _globals(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """A draw of the globals, and all sites of the guide that drew them."""
         trace = poutine.trace(self.global_guide).get_trace(*args, **kwargs)
         nodes = {name: node for name, node in trace.nodes.items() if counts(node)}
         values = {
             name: node["value"] for name, node in nodes.items() if not node["infer"].get("is_auxiliary")
             and not node["is_observed"]
         }  # fmt: skip
-        expected = self._global_sites(args, kwargs)
+        expected = self._global_sizes(args, kwargs)
         if set(values) != set(expected):
             raise LatentError(
                 f"the global guide draws {sorted(values)}, but the model's latents outside the plate "
                 f"{self.local.plate!r} are {sorted(expected)}: give it these sites, and these alone"
             )
-        return values, sum(node["fn"].log_prob(node["value"]).sum() for node in nodes.values())
+        return values, nodes
 
-    def _global_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """Latents outside the data plate."""
-        if self._names is None:
+    def _global_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+        """Latents outside the data plate, and how many numbers each is, unconstrained."""
+        if self._sizes is None:
             with preserve_rng(), torch.no_grad(), poutine.block(), evaluating(self.model):
                 nodes = poutine.trace(self.model).get_trace(*args, **kwargs).nodes
-            self.__dict__["_names"] = [
-                name for name, node in nodes.items()
-                if counts(node) and not node["is_observed"]
-                and all(frame.name != self.local.plate for frame in node["cond_indep_stack"])
-            ]  # fmt: skip
-            if not self._names:
+            self.__dict__["_sizes"] = {
+                name: biject_to(node["fn"].support).inv(node["value"]).numel() for name, node in nodes.items()
+                if counts(node) and not node["is_observed"] and _outside(node, self.local.plate)
+            }  # fmt: skip
+            if not self._sizes:
                 raise LatentError(f"all latents lie in the plate {self.local.plate!r}: use guides.DAIS")
-        return self._names
+        return self._sizes
 
     def _prepare(self, space: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         raise NotImplementedError("SemiDAIS writes its sites in two parts")
@@ -175,28 +206,43 @@ class SemiDAIS(Guide):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if handlers.kl_weight() != 1.0:
             raise ScaleError(f"importance weights under a KL weight of {handlers.kl_weight():g}: evaluate with 1")
+        with self._aside(), torch.no_grad():
+            assert self.local.plate is not None
+            plate = read_plate(self.model, self.local.plate, args, kwargs)
+            if plate.size != plate.full_size:
+                raise ScaleError(f"importance weights of {plate.size} of {plate.full_size} rows: pass all data")
+            self.space(*args, **kwargs).require_unit_scale(*args, **kwargs)
+            return self._weighted(num_samples, *args, **kwargs)
+
+    def _weighted(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """`log_weights` as part of a program (losses call it)."""
         found = []
-        with self._aside(), self._global_noise(), torch.no_grad():
+        with self._global_noise():
             for _ in range(num_samples):
-                values, log_q = self._globals(args, kwargs)
+                values, nodes = self._globals(args, kwargs)
+                self._require_density(nodes)
                 given = {"given": Shared(values)}
-                local = self.local.space(*args, **given, **kwargs)
-                plate = local.read_plate(*args, **given, **kwargs)
-                if plate is not None and plate.size != plate.full_size:
-                    raise ScaleError(f"importance weights of {plate.size} of {plate.full_size} rows: pass all data")
-                self.space(*args, **kwargs).require_unit_scale(*args, **kwargs)
-                weights = self.local._weighted(1, *args, **given, **kwargs)
-                found.append(self._log_prior(values, args, kwargs) - log_q + weights.sum())
+                space = self.local.space(*args, **given, **kwargs)
+                u, log_q = self.local._sampler(*args, **given, **kwargs).draw(1)
+                local = (space.bind(*args, **given, **kwargs)(u) - log_q).sum()
+                known = {**values, **space.constrain(u[0])}
+                with poutine.block(), poutine.condition(data=known):
+                    trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+                outside = [
+                    site for site in trace.nodes.values() if counts(site) and _outside(site, self.local.plate)
+                ]
+                found.append(_log_prob(outside) - _log_prob(nodes.values()) + local)
         return torch.stack(found).unsqueeze(-1)
 
-    def _log_prior(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """log p(theta), and whatever else the model observes outside the plate."""
-        with poutine.block(), poutine.condition(data=values):
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        total = torch.zeros(())
-        for node in trace.nodes.values():
-            outside = all(frame.name != self.local.plate for frame in node.get("cond_indep_stack", ()))
-            if counts(node) and outside:
-                total = total + node["fn"].log_prob(node["value"]).sum()
-        return total
+    def _require_density(self, nodes: dict[str, dict[str, Any]]) -> None:
+        """Raise where the global guide draws fewer numbers than there are: a point has no density."""
+        drawn = sum(
+            node["value"].numel() for node in nodes.values()
+            if not node["is_observed"] and not isinstance(node["fn"], dist.Delta)
+        )  # fmt: skip
+        if drawn < sum(self._sizes.values()):
+            raise NoDensityError(
+                f"the global guide fixes some of {sorted(self._sizes)} at a point, so its draws have no density and no "
+                "importance weights: take one that draws them all, such as AutoNormal"
+            )
 

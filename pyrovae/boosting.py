@@ -47,7 +47,8 @@ class BoostedFit:
         lam: `[B, P]` of `MixtureOfNormals` with as many components as were allowed.
         components: `[B]`, how many each datum uses.
         elbo: `[T, B]`, of the mixture after each addition, nats, by the draws that its weights were chosen with.
-        gap: `[T, B]`, duality gap before each later addition, nats (the last row: after the last addition).
+        gap: `[T, B]`, duality gap before each later addition, nats (the last row: after the last addition); a datum
+            that takes no more keeps the gap that made it stop.
         converged: `[B]`: the gap fell below the tolerance.
     """
 
@@ -124,11 +125,13 @@ class Boosting:
         with torch.no_grad(), own:
             mixture = _Mixture(self, log_joint, beta, start)
             mixture.begin(self.first.improve(single, log_joint, mixture.propose(0.0), beta=beta))
-            elbos, gaps = [mixture.elbo()], []
+            elbos: list[Tensor] = [mixture.elbo()]
+            gaps: list[Tensor] = []
             active = torch.ones(len(start), dtype=torch.bool, device=start.device)
             for t in range(1, self.num_components + 1):
                 new = mixture.propose(self.entropy)
-                gaps.append(mixture.gap(new))
+                gap = mixture.gap(new)
+                gaps.append(torch.where(active, gap, gaps[-1]) if gaps else gap)  # a datum that is done stays so
                 active = active & (gaps[-1] > self.tolerance)
                 if t == self.num_components:  # the last proposal measures the gap that is left
                     break
@@ -137,7 +140,7 @@ class Boosting:
                 if not active.any():
                     break
         lam, used = mixture.pack(self.num_components)
-        return BoostedFit(lam, used, torch.stack(elbos), torch.stack(gaps), gaps[-1] <= self.tolerance)
+        return BoostedFit(lam, used, torch.stack(elbos), torch.stack(gaps), ~active)
 
 
 class _Mixture:

@@ -38,7 +38,7 @@ __all__ = ["pareto_khat", "psis_smooth"]
 
 _MIN_DRAWS = 25  # the tail, a fifth of the draws, then has five
 _MIN_TAIL = 5
-_CONSTANT = 1e-9  # nats
+_CONSTANT = 1e-3  # nats: float32 weights of an image differ by as much through rounding
 _SMALLEST = math.log(torch.finfo(torch.float64).tiny)
 _CHUNK = 4_000_000  # numbers in the [rows, grid, tail] table held at once
 
@@ -50,7 +50,7 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
         log_weights: ``[S, *batch]``, log importance weights in nats, any constant offset. ``-inf`` is weight zero.
 
     Returns:
-        ``[*batch]``, float64. ``-inf`` where the log weights are constant to 1e-9 nats (q is the exact posterior);
+        ``[*batch]``, float64. ``-inf`` where the log weights are constant to 1e-3 nats (q is the exact posterior);
         ``inf`` where fewer than 5 draws lie above the threshold (a few draws hold all the weight: nothing can be said
         for the estimate, so it counts as the worst).
 

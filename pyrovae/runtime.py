@@ -47,9 +47,9 @@ def modules_of(*programs: Any) -> list[nn.Module]:
         seen.add(id(item))
         if isinstance(item, nn.Module):
             found[id(item)] = item
-            wrapped = item.__dict__.get("model")  # a guide's model is not its submodule
-            if wrapped is not None:
-                visit(wrapped)
+            for name in ("model", "global_guide"):  # programs that a guide keeps, which are not its submodules
+                if item.__dict__.get(name) is not None:
+                    visit(item.__dict__[name])
         elif isinstance(item, functools.partial):
             for part in (item.func, *item.args, *item.keywords.values()):
                 visit(part)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
@@ -82,7 +83,11 @@ class ReparamELBO(TraceMeanField_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         require_pair(model, guide, self)
-        return super()._get_trace(model, guide, args, kwargs)
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        for site in guide_trace.nodes.values():
+            if site["type"] == "sample" and _is_delta(site["fn"]):
+                site["fn"] = _Scored()
+        return model_trace, guide_trace
 
     def per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The ELBO per datum, `[B]`, nats."""
@@ -92,6 +97,19 @@ class ReparamELBO(TraceMeanField_ELBO):
             for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
                 total = total + _terms(model_trace, guide_trace, plate) / self.num_particles
         return total
+
+
+class _Scored:
+    """In the place of a guide's Delta, whose KL in Pyro leaves its log-density out (an AutoGuide's Jacobian, for one):
+    no KL is known of this class, so the site is scored at its draw."""
+
+    has_rsample = True
+
+
+def _is_delta(fn: Any) -> bool:
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 def _terms(model_trace: Any, guide_trace: Any, plate: str | None) -> Tensor:
