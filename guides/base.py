@@ -147,34 +147,42 @@ class Sampler(NamedTuple):
     Attributes:
         draw: number S -> reparameterised draws `[S, B, D]` and log q at them `[S, B]`.
         frozen_log_prob: u -> log q(u) with q's parameters held constant: gradient flows through `u` alone.
+        chain: draws are ends of chains, some of which may run away.
     """
 
     draw: Callable[[int], tuple[Tensor, Tensor]]
     frozen_log_prob: Callable[[Tensor], Tensor]
+    chain: bool = False
 
 
 def weigh(sampler: Sampler, log_joint: LogJoint, num_samples: int) -> Tensor:
     """log p(x, u_s) - log q(u_s) at draws of a posterior, `[S, B]`; block by block, to bound memory.
 
-    Where a chain has run away to infinity its weight is zero, with a warning (in training it stays NaN): the weights'
-    mean then is at most log p(x)'s exponential, so bounds remain bounds.
+    A chain that has run away to infinity has weight zero, with a warning (in training it stays NaN): the mean of the
+    weights can only fall by that, so bounds remain bounds.
     """
     block = _BLOCK_SAMPLES if noise.active() else max(1, _BLOCK_ROWS // log_joint.rows.size)
     parts = []
     for start in range(0, num_samples, block):
         u, log_q = sampler.draw(min(block, num_samples - start))
-        lost = ~(u.isfinite().all(-1) & log_q.isfinite())
-        if torch.is_grad_enabled() or not lost.any() or lost.all(0).any():  # all lost: more is wrong than a step size
-            parts.append(log_joint(u) - log_q)
-            continue
-        warnings.warn(
-            f"{int(lost.sum())} of {lost.numel()} chains ran away to infinity and count with weight zero: train the "
-            "guide, or take smaller steps",
-            stacklevel=2,
-        )
-        weights = log_joint(torch.where(lost.unsqueeze(-1), 0.0, u)) - torch.where(lost, 0.0, log_q)
-        parts.append(torch.where(lost, -torch.inf, weights))
+        weights = log_joint(u) - log_q
+        if sampler.chain and not torch.is_grad_enabled():
+            weights = _without_runaways(weights)
+        parts.append(weights)
     return torch.cat(parts)
+
+
+def _without_runaways(weights: Tensor) -> Tensor:
+    lost = weights.isnan()
+    lost &= ~lost.all(0)  # all of a datum's: more is wrong than a step size
+    if not lost.any():
+        return weights
+    warnings.warn(
+        f"{int(lost.sum())} of {lost.numel()} chains ran away to infinity and count with weight zero: train the guide, "
+        "or take smaller steps",
+        stacklevel=4,
+    )
+    return weights.masked_fill(lost, -torch.inf)
 
 
 class DensityGuide(Guide):

@@ -62,7 +62,7 @@ class ChainGuide(DensityGuide):
         )
 
     def _sampler(self, *args: Any, **kwargs: Any) -> Sampler:
-        return Sampler(self._chain(*args, **kwargs), self._posterior)
+        return Sampler(self._chain(*args, **kwargs), self._posterior, chain=True)
 
     def stratified(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Equally weighted draws: log-weights `[S, B]`, draws `[S, B, D]`, log q `[S, B]`."""

@@ -115,6 +115,21 @@ def test_evaluation_does_not_depend_on_the_neighbours():
     assert torch.allclose(whole.values, parts.values, atol=1e-5)
 
 
+def test_a_datum_that_is_done_stays_done_whoever_is_beside_it():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.where(x[:, 1] > 0.5, z**2, z), 0.4), obs=x[:, 0])
+
+    easy, hard = torch.tensor([[0.3, 0.0]]), torch.tensor([[3.0, 1.0]])
+    guide = guides.BoostedVI(model, 3, num_steps=60)
+    both = guide.fit(torch.cat([easy, hard]))
+    assert len(both.gap) > 1
+    assert both.converged[0]
+    assert both.components[0] == 1
+    assert torch.equal(both.gap[0, 0].expand(len(both.gap)), both.gap[:, 0])  # it was not searched again
+
+
 def test_fit_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     guides.BoostedVI(squares, 1, num_steps=2).fit(X)

@@ -14,8 +14,9 @@ from bench import problems
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyrovae import evidence, guides, losses
+from pyrovae import evidence, guides, losses, reference
 from pyrovae.entropy import entropy
+from pyrovae.errors import LatentError
 from pyrovae.guides.dais import move
 from pyrovae.models import PPCA
 from pyrovae.nets import MLP
@@ -361,6 +362,37 @@ def test_entropy_of_known_laws():
     assert abs(float(entropy(uniform))) < 0.06
 
 
+def heavy(x):
+    """Steps of an untrained chain are too large for the small scales of some data."""
+    with pyro.plate("data", len(x)):
+        scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x.squeeze(-1))
+
+
+@pytest.mark.parametrize("kind", [guides.DAIS, guides.HVAE])
+def test_a_chain_that_runs_away_costs_its_own_weight_alone(kind):
+    x = torch.tensor([[0.3], [2.0]])
+    net = nn.Linear(1, 4)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    guide = kind(guides.Amortized(heavy, net), 4, step_size=0.3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="chains ran away to infinity and count with weight zero"):
+        weights = guide.log_weights(8000, x)
+    assert not weights.isnan().any()
+    lost = weights.isneginf().double().mean(0)
+    assert ((lost > 0) & (lost < 0.1)).all()
+    value = torch.logsumexp(weights.double(), 0) - math.log(8000)
+    assert (abs(value - reference.exact(heavy, x).log_evidence) < 0.2).all()
+
+
+def switched(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+        z = pyro.sample("z", dist.Normal(2.0 * k - 1, 0.7))
+        pyro.sample("x", dist.Normal(z, 0.8), obs=x.squeeze(-1))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -371,6 +403,9 @@ def test_entropy_of_known_laws():
         (lambda: guides.DAIS(guides.Amortized(normal, nn.Linear(1, 6), "mixture")), TypeError, "Gaussian family"),
         (lambda: guides.HVAE(base(), -1), ValueError, "num_steps >= 0"),
         (lambda: guides.HVAE(base(), 2, temperature=0.0), ValueError, "temperature"),
+        (lambda: guides.HVAE(base(), 2, dim=0), ValueError, "number of latents"),
+        (lambda: guides.HVAE(base(), 2, dim=3).log_weights(5), ValueError, "the model has 2 latents"),
+        (lambda: guides.DensityShortRun(switched).log_weights(5, X), LatentError, "start from a guide"),
         (lambda: guides.DensityShortRun(normal, 0), ValueError, "num_steps >= 1"),
         (lambda: guides.DensityShortRun(normal, 2, [0.1]), ValueError, "one per step"),
         (lambda: guides.DensityShortRun(normal, init=guides.ShortRun(normal)), TypeError, "with a family"),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import nn
 
 from pyrovae import evidence, guides, losses
-from pyrovae.errors import LatentError, ScaleError
+from pyrovae.errors import LatentError, NoDensityError, ScaleError
 from pyrovae.optim import Adam
 
 N = 18
@@ -200,6 +200,81 @@ def test_refusals():
     nothing = guides.SemiDAIS(local_only, lambda *args: other_sites(), table(4), encoder_input=index_of)
     with pytest.raises(LatentError, match="use guides.DAIS"):
         nothing(X4, ALL4)
+
+
+def test_a_point_has_no_weights_but_can_be_trained():
+    guide = guides.SemiDAIS(
+        conjugate, AutoDelta(poutine.block(conjugate, expose=["mu"])), table(4), 2, encoder_input=index_of
+    )
+    assert math.isfinite(Trace_ELBO().loss(conjugate, guide, X4, ALL4))
+    with pytest.raises(NoDensityError, match=r"fixes some of \['mu'\] at a point"):
+        guide.log_weights(3, X4, ALL4)
+    with pytest.raises(NoDensityError, match=r"guide.log_weights"):
+        guide.posterior(X4, ALL4)
+
+
+def around(x, index):
+    """A masked global, a constrained one, an observation outside the plate and a latent that looks back at it."""
+    with poutine.mask(mask=False):
+        free = pyro.sample("free", dist.Normal(0.0, 0.1))
+    scale = pyro.sample("scale", dist.LogNormal(-1.0, 0.3))
+    pyro.sample("y", dist.Normal(free, 1.0), obs=torch.tensor(0.4))
+    with pyro.plate("data", 4, subsample=index):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+    pyro.sample("after", dist.Normal(z.sum(), 2.0))
+
+
+def test_weights_are_those_of_the_program_whatever_lies_outside_the_plate():
+    names = ["free", "scale", "after"]
+    about, starts = AutoNormal(poutine.block(around, expose=names), init_scale=0.3), table(4)
+    starts.weight.data = torch.stack([0.9 * X4, torch.full((4,), -2.0)], 1)
+    guide = guides.SemiDAIS(around, about, starts, 2, encoder_input=index_of)
+    guide(X4, ALL4)
+    about.locs.after.data.fill_(2.5)
+    weights = guide.log_weights(600, X4, ALL4)
+    for loss in (Trace_ELBO(), losses.ELBO()):
+        with torch.no_grad():
+            elbo = torch.tensor([-loss.loss(around, guide, X4, ALL4) for _ in range(600)])
+        assert abs(elbo.mean() - weights.mean()) < 3.5 * (elbo.var() / 600 + weights.var() / 600).sqrt()
+
+
+def test_as_many_rows_as_a_call_brings():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x.squeeze(-1))
+
+    guide = guides.SemiDAIS(model, AutoNormal(poutine.block(model, expose=["mu"])), nn.Linear(1, 2), 2)
+    for rows in (4, 2, 1, 6):
+        x = torch.randn(rows, 1)
+        assert guide.sample(3, x)["z"].shape == (3, rows)
+        assert guide.log_weights(3, x).shape == (3, 1)
+
+
+def test_iwae_trains_it_too():
+    guide = conjugate_guide()
+    loss = losses.IWAE(5, estimator="reparam")
+    with torch.no_grad():
+        values = torch.tensor([-loss.loss(conjugate, guide, X4, ALL4) for _ in range(40)])
+        single = torch.tensor([-Trace_ELBO().loss(conjugate, guide, X4, ALL4) for _ in range(200)])
+    assert values.mean() > single.mean()
+    loss.loss_and_grads(conjugate, guide, X4, ALL4)
+    assert all(p.grad is not None and p.grad.any() for p in guide.parameters())
+
+
+def test_evaluation_leaves_the_buffers_of_a_plain_global_guide_alone():
+    norm = nn.BatchNorm1d(1)
+
+    def about(*args):
+        pyro.module("norm", norm)
+        pyro.sample("mu", dist.Normal(norm(X4.unsqueeze(-1)).mean(), 0.6))
+
+    guide = guides.SemiDAIS(conjugate, about, table(4), 2, encoder_input=index_of)
+    evidence.elbo(conjugate, guide, X4, ALL4, num_samples=3)
+    assert norm.num_batches_tracked == 0
+    assert norm.training
 
 
 def test_one_row_and_global_of_as_many_entries():
