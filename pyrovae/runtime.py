@@ -90,12 +90,23 @@ def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def keep_frozen(*programs: Callable[..., Any]) -> Iterator[None]:
     """Give `requires_grad` flags back: registering a parameter in Pyro's store switches it on."""
-    frozen = [p for root in modules_of(*programs) for p in root.parameters() if not p.requires_grad]
+    frozen = [p for p in _parameters(modules_of(*programs)) if not p.requires_grad]
     try:
         yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def _parameters(roots: list[nn.Module]) -> Iterator[nn.Parameter]:
+    """`Module.parameters` of all roots, without names: every posterior asks for them."""
+    waiting, seen = list(roots), set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield from (p for p in module._parameters.values() if p is not None)
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 @contextmanager
