@@ -179,19 +179,18 @@ class RecursiveMixture(FamilyGuide):
             parts = _heads([cast(nn.Linear, part) for part in self.components], features, staged)
             single._check(parts)
             source = features if self._own_weights else x
-        log_new = [torch.zeros_like(parts[:, 0, 0])]
-        log_old = [log_new[0]]
-        if self.weights is not None:
-            gates = run_encoder(self.weights, source.detach() if self._own_weights else source)
-            if gates.shape != (len(parts), self.num_components - 1):
-                raise ValueError(
-                    f"weights must return [B, {self.num_components - 1}], one logit for each component after the "
-                    f"first, but returned {tuple(gates.shape)}"
-                )
-            room = 1 - 2 * self.smallest
-            log_new += list((self.smallest + room * gates.sigmoid()).log().unbind(-1))
-            log_old += list((self.smallest + room * (-gates).sigmoid()).log().unbind(-1))
-        return parts, torch.stack(log_new), torch.stack(log_old)
+        if self.weights is None:
+            zeros = parts.new_zeros(1, len(parts))
+            return parts, zeros, zeros
+        gates = run_encoder(self.weights, source.detach() if self._own_weights else source)
+        if gates.shape != (len(parts), self.num_components - 1):
+            raise ValueError(
+                f"weights must return [B, {self.num_components - 1}], one logit for each component after the first, "
+                f"but returned {tuple(gates.shape)}"
+            )
+        new = self.smallest + (1 - 2 * self.smallest) * gates.sigmoid()
+        log_new, log_old = (functional.pad(part, (1, 0)).T for part in (new.log(), (-new).log1p()))
+        return parts, log_new, log_old
 
 
 def _heads(heads: list[nn.Linear], features: Tensor, staged: bool) -> Tensor:
