@@ -30,7 +30,7 @@ def compare(
     quick: Annotated[bool, typer.Option("--quick", help="a small run: shows everything, proves nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the checkpoints in --out")] = False,
 ) -> None:
-    """Train one model under each guide, hold all of them against NUTS, write a table and a report."""
+    """Train one model under each guide, hold all of them against long chains, write a table and a report."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -46,7 +46,7 @@ def compare(
         settings = Settings(
             data=data, guides=names, latent_dim=latent_dim, epochs=min(epochs, 5) if quick else epochs, seed=seed,
             device=device, threads=threads, out=out, quick=quick, binarization=cast(Any, binarization),
-            num_samples=200 if quick else 1000, resume=resume,
+            num_samples=200 if quick else 1000, num_reference=4 if quick else 20, resume=resume,
         )  # fmt: skip
         run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
     except (ValueError, FileNotFoundError, CheckpointError, ParameterCollision, TrainingDiverged) as error:

@@ -49,4 +49,4 @@ class TrainingDiverged(FloatingPointError):
 
 
 class ReferenceRefused(ValueError):
-    """A reference posterior that did not mix cannot judge a guide."""
+    """A reference posterior that is not ok (unmixed, too few draws, divergent) cannot judge a guide."""

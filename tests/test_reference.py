@@ -173,7 +173,7 @@ def test_nuts_finds_moments_and_flags():
     assert "3 ok" in repr(truth)
     few = reference.nuts(normal_normal(2.0, 1.0), x, num_samples=60, warmup=100)
     assert "not enough draws" in few.status
-    assert few.usable.all()
+    assert few.usable.tolist() == [status == "ok" for status in few.status]
 
 
 def test_status_of_chains():
@@ -181,11 +181,18 @@ def test_status_of_chains():
     draws = torch.randn(2, 1000, 3, 2, generator=generator)
     draws[1, :, 1] += 5  # two chains in two places
     draws[:, :, 2] = draws[:, :1, 2]  # stuck chains
-    rhat, ess, status = status_of(draws)
+    rhat, bulk, tail, status = status_of(draws)
     assert status == ("ok", "did not mix", "did not mix")
     assert rhat[0] < 1.02
     assert rhat[1] > 1.5
-    assert ess[0] > 1500
+    assert bulk[0] > 1500
+    assert tail[0] > 1500
+    fine = draws[:, :, :1].expand(-1, -1, 3, -1)
+    divergent, ebfmi = torch.tensor([True, False, True]), torch.tensor([1.0, 0.2, 0.2])
+    assert status_of(fine, divergent=divergent, ebfmi=ebfmi)[-1] == ("divergent", "did not mix", "did not mix")
+    slow = fine.clone()
+    slow[1] += 0.6  # R-hat between 1.05 and 1.1
+    assert status_of(slow)[-1] == ("not enough draws",) * 3
 
 
 @pytest.mark.parametrize("options", [{"num_chains": 0}, {"num_samples": 3}, {"warmup": -1},
@@ -231,11 +238,12 @@ def test_compare_refuses_other_data_and_unmixed_references():
             reference.compare(guide, truth, other, num_samples=50)
     some = replace(truth, status=("ok", "did not mix", "not enough draws", "ok"))
     result = reference.compare(guide, some, x, num_samples=50)
-    assert result.refused == (1,)
-    assert result.mean_error.isnan().tolist() == [False, True, False, False]
-    assert result.sd_ratio_floor.isnan().all(-1).tolist() == [False, True, False, False]
+    assert result.refused == (1, 2)
+    assert result.mean_error.isnan().tolist() == [False, True, True, False]
+    assert result.sd_ratio_floor.isnan().all(-1).tolist() == [False, True, True, False]
+    assert "refused" in repr(result)
     assert math.isfinite(result.summary()["sliced_w2"])
-    with pytest.raises(ReferenceRefused, match="did not mix for any"):
+    with pytest.raises(ReferenceRefused, match="4 did not mix"):
         reference.compare(guide, replace(truth, status=("did not mix",) * 4), x)
 
 

@@ -1,4 +1,4 @@
-"""The main job behind `pyrovae compare`: one model under every guide, all of them held against NUTS."""
+"""The main job behind `pyrovae compare`: one model under every guide, all of them held against long chains."""
 
 from pyrovae.comparison.job import run
 from pyrovae.comparison.outcome import Outcome, Settings

@@ -37,7 +37,7 @@ class Settings:
     batch_size: int = 100
     learning_rate: float = 1e-3
     num_samples: int = 1000
-    num_reference: int = 4
+    num_reference: int = 20
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -51,10 +51,6 @@ class Settings:
     def tune_epochs(self) -> int:
         """Epochs for which guides are tuned to the frozen decoder."""
         return max(1, self.epochs // 6)
-
-    @property
-    def nuts(self) -> dict[str, Any]:
-        return {"num_samples": 100, "warmup": 100} if self.quick else {"num_samples": 500, "warmup": 200}
 
 
 @dataclass

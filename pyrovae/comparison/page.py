@@ -23,14 +23,15 @@ def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
     shown = list(range(min(3, frozen.draws.shape[2])))
     sections = [
         report.section(
-            "Posteriors of one frozen decoder, against NUTS",
+            "Posteriors of one frozen decoder, against long chains",
             report.figure(
                 plots.posterior(frozen.pooled, {name: o.draws[name] for name in o.settings.guides}, data=shown),
-                "scatter of each guide's draws over NUTS draws",
+                "scatter of each guide's draws over those of long chains",
             ),
             report.paragraph(
-                "Grey: NUTS. Colour: the guide. Each row is one held-out datum, in the plane of the two latents that "
-                "NUTS finds most correlated; ellipses at two standard deviations, dark for NUTS.", "soft",
+                "Grey: batched HMC. Colour: the guide. Each row is one held-out datum, in the plane of the two latents "
+                "that the chains find most correlated; ellipses at two standard deviations, dark for the chains.",
+                "soft",
             ),
         ),
         report.section(
@@ -62,7 +63,7 @@ def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
         report.section("Where the numbers come from", report.facts({
             **{k: v for k, v in o.provenance.to_dict().items() if k != "versions"}, **o.provenance.versions,
             **{f"{name} (s)": f"{seconds:.1f}" for name, seconds in o.phases.items()},
-            **{f"NUTS, decoder of {name}": repr(r) for name, r in o.references.items()},
+            **{f"chains, decoder of {name}": repr(r) for name, r in o.references.items()},
         })),
     ]  # fmt: skip
     path.write_text(report.page(f"PyroVAE on {o.data.name}", verdict(o), sections))
@@ -82,7 +83,8 @@ def verdict(outcome: Outcome) -> str:
     w2 = nearest.values.get("sliced W2")
     if not isinstance(w2, Number):
         return first
-    return f"{first} Nearest to NUTS is {nearest.guide} (sliced W2 {w2.value:.2f}, noise floor {w2.floor:.2f})."
+    near = f"{nearest.guide} (sliced W2 {w2.value:.2f}, noise floor {w2.floor:.2f})"
+    return f"{first} Nearest to the reference chains is {near}."
 
 
 def _distance(row: Row) -> float:

@@ -2,7 +2,8 @@
 
 from pyrovae.reference.compare import Comparison, compare
 from pyrovae.reference.exact import exact
+from pyrovae.reference.hmc import hmc
 from pyrovae.reference.nuts import nuts
-from pyrovae.reference.posterior import Reference
+from pyrovae.reference.posterior import ChainStatistics, Reference
 
-__all__ = ["Comparison", "Reference", "compare", "exact", "nuts"]
+__all__ = ["ChainStatistics", "Comparison", "Reference", "compare", "exact", "hmc", "nuts"]

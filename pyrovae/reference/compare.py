@@ -32,7 +32,7 @@ class Comparison:
         sliced_w2: `[B]`, sliced 2-Wasserstein distance of standardised draws.
         mean_error_floor, sliced_w2_floor: `[B]`, the same between the halves of the reference.
         sd_ratio_floor: `[B, D]`, sd of one half over the other.
-        refused: indices of data whose reference did not mix.
+        refused: indices of data whose reference is not "ok".
         draws: the guide's draws, `[S, B, D]`, unconstrained.
         provenance: of the reference.
     """
@@ -59,7 +59,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         s = self.summary()
-        refused = f"; refused (reference did not mix): {list(self.refused)}" if self.refused else ""
+        refused = f"; refused (their reference is not ok): {list(self.refused)}" if self.refused else ""
         return (
             f"{self.guide} against the reference, {len(self.mean_error)} data: standardised mean error "
             f"{s['mean_error']:.3f} (floor {s['mean_error_floor']:.3f}), sd ratio {s['sd_ratio']:.3f} (floor "
@@ -77,15 +77,15 @@ def compare(
     """Distances of the guide's posterior to the reference, on the data the reference was made for.
 
     Raises:
-        ReferenceRefused: the reference mixed for none of the data.
+        ReferenceRefused: the reference is "ok" for none of the data.
         ValueError: other data than the reference's.
     """
     usable = reference.usable
     if not usable.any():
         raise ReferenceRefused(
-            f"the reference did not mix for any of the {len(usable)} data (R-hat up to "
-            f"{float(reference.rhat.max()):.2f}): its chains sit in different places, so it cannot judge a guide; run "
-            "longer chains or use reference.exact"
+            f"the reference is not ok for any of the {len(usable)} data ({reference.verdicts}; R-hat up to "
+            f"{float(reference.rhat.max()):.2f}), so it cannot judge a guide: run more or longer chains, or use "
+            "reference.exact"
         )
     if Provenance.of_call(args, kwargs).fingerprint != reference.provenance.fingerprint:
         raise ValueError("the guide was called on other data than the reference: pass those it was made for")

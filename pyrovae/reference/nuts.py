@@ -21,6 +21,7 @@ from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
 from pyrovae.recording import recorded
 from pyrovae.reference.posterior import Reference, status_of
+from pyrovae.reference.starts import starts
 from pyrovae.runtime import evaluating, seeded
 
 __all__ = ["nuts"]
@@ -62,7 +63,7 @@ def nuts(
         space = LatentSpace(model, *args, plate=plate, batched=batched, **kwargs)
         space.require_unit_scale(*args, **kwargs)
         log_joint = space.bind(*args, **kwargs)
-        start = _starts(space, init, num_chains, args, kwargs)
+        start = starts(space, init, num_chains, args, kwargs)
 
         fast = recorded(log_joint, start[0])
 
@@ -88,22 +89,11 @@ def nuts(
         draws = torch.stack(chains)
         with torch.no_grad():
             lp = torch.stack([log_joint(chain) for chain in draws])
-    rhat, ess, status = status_of(draws)
+    rhat, bulk, tail, status = status_of(draws)
     pooled = draws.double().flatten(0, 1)
     return Reference(
-        kind="nuts", space=space, draws=draws, rhat=rhat, ess=ess, divergences=divergences, status=status,
-        mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None,
+        kind="nuts", space=space, draws=draws, rhat=rhat, ess=torch.minimum(bulk, tail),
+        divergences=divergences, status=status, mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None,
         provenance=Provenance.of_call(args, kwargs, num_data=draws.shape[2], seed=seed, num_samples=num_samples),
         seconds=time.perf_counter() - began, initial=start, lp=lp,
     )  # fmt: skip
-
-
-def _starts(space: LatentSpace, init: Any, chains: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    if init is None:
-        return space.prior(chains, *args, **kwargs)
-    if isinstance(init, Tensor):
-        if init.dim() != 3 or len(init) != chains or init.shape[-1] != space.dim:
-            raise ValueError(f"init must have shape [{chains}, B, {space.dim}], got {tuple(init.shape)}")
-        return init
-    with torch.no_grad(), evaluating(init):
-        return init.draws(chains, *args, **kwargs)

@@ -15,7 +15,7 @@ from pyrovae.samplers.state import Info, LogDensity, State, init
 
 __all__ = ["init", "leapfrog", "step"]
 
-_DIVERGENT = 1000.0  # energy error in nats beyond which a trajectory counts as divergent (Stan's convention)
+DIVERGENT = 1000.0  # energy error in nats beyond which a trajectory counts as divergent (Stan's convention)
 
 
 def leapfrog(
@@ -47,7 +47,7 @@ def step(
     new, end = leapfrog(state, log_density, velocity, step_size, num_leapfrog)
     energy = 0.5 * velocity.square().sum(-1) - state.log_density
     error = (0.5 * end.square().sum(-1) - new.log_density - energy).nan_to_num(nan=torch.inf)
-    diverging = error > _DIVERGENT
+    diverging = error > DIVERGENT
     if uniform is None:
         return new, Info(torch.ones_like(error), error, diverging)
     accept_prob = (-error).exp().clamp(max=1.0)

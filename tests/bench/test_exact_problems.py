@@ -116,7 +116,7 @@ def test_chains_started_in_both_modes_disagree_and_are_refused():
         reference.compare(guide, truth, X)
     two = torch.tensor([2.25, 0.0])  # the second datum has one mode: only the first is refused
     both = reference.nuts(
-        problems.bimodal, two, num_samples=300, warmup=150, init=torch.tensor([[[1.5], [0.0]], [[-1.5], [0.0]]])
+        problems.bimodal, two, num_samples=600, warmup=150, init=torch.tensor([[[1.5], [0.0]], [[-1.5], [0.0]]])
     )
     result = reference.compare(guide, both, two)
     assert result.refused == (0,)
