@@ -25,9 +25,8 @@ from pyrovae.batching import RowArguments
 from pyrovae.latents import LogJoint
 from pyrovae.runtime import modules_of, preserve_rng
 
-__all__ = ["Recording", "record", "recorded"]
+__all__ = ["Recording", "Replay", "record", "recorded"]
 
-Density = Callable[..., Tensor]  # (u, beta=1) -> log-density
 
 _aten = torch.ops.aten
 _SAME_SHAPE = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default}
@@ -139,7 +138,7 @@ def _split(whole: fx.GraphModule) -> Recording:
     return Recording(fx.GraphModule(whole, fixed), fx.GraphModule(whole, body))
 
 
-def recorded(bound: LogJoint, u: Tensor) -> Density:
+def recorded(bound: LogJoint, u: Tensor) -> LogJoint | Replay:
     """A log-joint for points of `u`'s shape, as a graph without Pyro's handlers: for inner loops.
 
     Same numbers and gradients (of any order, also with respect to parameters), same signature. A recording is kept for
@@ -161,7 +160,7 @@ def recorded(bound: LogJoint, u: Tensor) -> Density:
         at = None if recording is None else recording.at(*tensors)
         if at is None or (parameters == watch.seen and _agrees(at, u, expected)):
             cache[key] = found
-            return bound if at is None else _density(at)
+            return bound if at is None else Replay(at)
 
     def program(point: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
         return bound.at_rows(rebuild(leaves)).terms(point)
@@ -170,7 +169,7 @@ def recorded(bound: LogJoint, u: Tensor) -> Density:
     cache[key] = new, watch.seen
     while len(cache) > _CACHED:
         cache.pop(next(iter(cache)))
-    return bound if new is None else _density(new.at(*tensors))
+    return bound if new is None else Replay(new.at(*tensors))
 
 
 def _try(
@@ -205,12 +204,15 @@ def _try(
     return None
 
 
-def _density(at: Callable[[Tensor], tuple[Tensor, ...]]) -> Density:
-    def density(u: Tensor, beta: float = 1.0) -> Tensor:
-        latent, observed = at(u)
-        return latent + observed if beta == 1.0 else beta * latent + observed
+class Replay:
+    """A recorded log-joint: called as `LogJoint` is."""
 
-    return density
+    def __init__(self, terms: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.terms = terms
+
+    def __call__(self, u: Tensor, beta: float = 1.0) -> Tensor:
+        latent, observed = self.terms(u)
+        return latent + observed if beta == 1.0 else beta * latent + observed
 
 
 def _agrees(at: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, expected: Sequence[Tensor]) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from pyrovae import guides, models, reference
 from pyrovae.certification.problems import PROBLEMS
 from pyrovae.certification.schools import posterior
-from pyrovae.errors import IncompatibleError, ReferenceRefused, ScaleError
+from pyrovae.errors import CheckpointError, IncompatibleError, ReferenceRefused, ScaleError
 from pyrovae.latents import LatentSpace
 from pyrovae.memory import rows_within
 from pyrovae.samplers import batched, init, mass
@@ -141,6 +141,33 @@ def test_shapes_seeds_and_nothing_else_moves(dtype):
     )  # fmt: skip
 
 
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    """Killed in the second chunk and resumed: the draws of an unbroken run; another run's folder is refused."""
+    vae, x = small_vae()
+    options = {"target_ess": 100, "warmup": 60, "chunk": 3}
+    unbroken = hmc(vae, x, **options)
+    whole, calls = batched.warm_up, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(batched, "warm_up", dies)
+    with pytest.raises(KeyboardInterrupt):
+        hmc(vae, x, resume=tmp_path, **options)
+    resumed = hmc(vae, x, resume=tmp_path, **options)
+    assert torch.equal(resumed.draws, unbroken.draws)
+    assert resumed.status == unbroken.status
+    assert torch.equal(resumed.chains.ebfmi, unbroken.chains.ebfmi)
+    before = len(calls)
+    assert torch.equal(hmc(vae, x, resume=tmp_path, **options).draws, unbroken.draws)
+    assert len(calls) == before
+    with pytest.raises(CheckpointError, match="other weights, data or settings"):
+        hmc(vae, x, resume=tmp_path, **{**options, "seed": 1})
+
+
 def test_data_continue_alone():
     """Draws go on only for the data whose chains are not worth enough yet, and come back in order."""
     x = torch.tensor([[1.0], [1.1]], dtype=torch.double).repeat(3, 1)
@@ -248,7 +275,7 @@ def test_transitions_keep_the_target():
     tuned = batched.Tuned(torch.full((1,), 1.2, dtype=torch.double), mass.unit(u, dense=False), 3.0)
     state = Target.at(u)
     for _ in range(5):
-        state, visit = batched.transition(state, Target, tuned, generator)
+        state, visit = batched.transition(state, Target, tuned, 3, generator)
     assert 0.3 < float(visit.accept_prob.mean()) < 0.99
     assert (state.u.mean(0)[0].abs() < 4 * sd / chains**0.5).all()
     assert ((state.u.std(0)[0] / sd - 1).abs() < 4 / (2 * chains) ** 0.5).all()

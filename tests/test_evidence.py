@@ -65,7 +65,7 @@ def test_noise_belongs_to_the_index_not_to_the_place():
 def test_chunks_change_no_draw_of_a_chain(name, monkeypatch):
     vae, guide = small(name)
     x = data()
-    truth = reference.nuts(vae, x, num_chains=1, num_samples=150, warmup=80)
+    truth = reference.hmc(vae, x, target_ess=500, progress=False)
     whole = reference.compare(guide, truth, x, num_samples=20)
     module = importlib.import_module("pyrovae.reference.compare")  # the package's name for it is the function
     inner = module.per_chunk

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import diagnose, evidence
+from pyrovae.chunks import per_chunk
 from pyrovae.guides.base import Guide
 from pyrovae.provenance import Provenance
 from pyrovae.runtime import evaluating, seeded
@@ -78,7 +79,7 @@ def _kl(guide: Guide, x: Tensor, rows: range, seed: int) -> Tensor:
         return q.log_prob(u) + 0.5 * (u.square() + math.log(2 * math.pi)).sum(-1)
 
     with seeded(seed):
-        values = evidence.per_chunk(
+        values = per_chunk(
             terms, (guide.model, guide), (x,), {}, plate=guide.plate, batched=guide.batched, seed=seed,
             chunk=len(x), indices=rows,
         )  # fmt: skip

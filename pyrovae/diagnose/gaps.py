@@ -30,8 +30,9 @@ from torch import Tensor
 
 from pyrovae import handlers, noise
 from pyrovae.ascent import Ascent
+from pyrovae.chunks import per_chunk
 from pyrovae.errors import NoDensityError, ScaleError
-from pyrovae.evidence import Estimate, per_chunk
+from pyrovae.evidence import Estimate
 from pyrovae.families import Family, FullRankNormal
 from pyrovae.losses.base import require_pair
 from pyrovae.provenance import Provenance

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.chunks import per_chunk
 from pyrovae.diagnose.distance import sd_ratio, sliced_w2, standardized_mean_error
 from pyrovae.errors import ReferenceRefused
-from pyrovae.evidence import per_chunk
 from pyrovae.provenance import Provenance
 from pyrovae.reference.posterior import Reference
 
@@ -87,8 +87,7 @@ def compare(
             f"{float(reference.rhat.max()):.2f}), so it cannot judge a guide: run more or longer chains, or use "
             "reference.exact"
         )
-    if Provenance.of_call(args, kwargs).fingerprint != reference.provenance.fingerprint:
-        raise ValueError("the guide was called on other data than the reference: pass those it was made for")
+    reference.require(args, kwargs)
     draws = per_chunk(
         lambda *a, **k: guide.draws(num_samples, *a, **k), (guide.model, guide), args, kwargs,
         plate=guide.plate, batched=guide.batched, seed=seed, chunk=max(1, 64_000 // num_samples),

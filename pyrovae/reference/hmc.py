@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pyrovae import noise, store
 from pyrovae.batching import Batched, RowArguments
+from pyrovae.finished import Finished
 from pyrovae.latents import LatentSpace, LogJoint
 from pyrovae.losses.base import require_pair
 from pyrovae.memory import rows_within
@@ -53,6 +55,7 @@ def hmc(
     batched: Batched = "auto",
     seed: int = 0,
     progress: bool = True,
+    resume: str | Path | None = None,
     **kwargs: Any,
 ) -> Reference:
     """Draws of every datum's posterior, C chains each, `[C, S, B, D]`.
@@ -73,6 +76,7 @@ def hmc(
         plate, batched: as in `LatentSpace`.
         seed: makes the run repeatable; the caller's random state is left alone.
         progress: show a bar.
+        resume: folder that keeps finished chunks; a run that was stopped goes on from there.
 
     Returns:
         a `Reference` whose `chains` hold the statistics per datum; status "ok", "not enough draws", "did not mix" or
@@ -100,12 +104,19 @@ def hmc(
         per_chunk = size
         if whole.foldable:
             per_chunk = min(size, chunk or rows_within(memory, whole, start[:1], num_chains))
+        done = Finished(resume, (model,), (start, args, kwargs), {**asdict(plan), "seed": seed, "chunk": per_chunk})
         bar = _bar(progress, -(-size // per_chunk) * plan.transitions)
         parts: list[_Part] = []
         for first in range(0, size, per_chunk):
             index = torch.arange(first, min(first + per_chunk, size))
-            generator = torch.Generator(space.device).manual_seed(noise.mix(seed, first))
-            parts += _Run(whole, plan, generator, bar).sample(index, start[:, index])
+            name = f"rows-{first:06d}"
+            known = done.get(name)
+            if known is None:
+                generator = torch.Generator(space.device).manual_seed(noise.mix(seed, first))
+                found = _Run(whole, plan, generator, bar).sample(index, start[:, index])
+                known = {"parts": [part.to_dict() for part in found]}
+                done.put(name, known)
+            parts += [_Part.of(content) for content in known["parts"]]
         bar.close()
     statuses = [status for part in parts for status in part.status]
     order = torch.cat([part.index for part in parts]).argsort()
@@ -166,6 +177,16 @@ class _Part:
     rhat: Tensor
     status: tuple[str, ...]
     chains: ChainStatistics
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: tensors and strings."""
+        return {**vars(self), "status": list(self.status), "chains": dict(vars(self.chains))}
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> _Part:
+        """The inverse of `to_dict`."""
+        chains = ChainStatistics(**content["chains"])
+        return cls(**{**content, "status": tuple(content["status"]), "chains": chains})
 
     def rows(self, keep: Tensor) -> _Part:
         """Some of them."""

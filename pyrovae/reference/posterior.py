@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,11 @@ class Reference:
     def pooled(self) -> Tensor:
         """All chains as one set of draws, `[C * S, B, D]`."""
         return self.draws.flatten(0, 1)
+
+    def require(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ValueError` unless these are the data the draws were made for."""
+        if Provenance.of_call(args, kwargs).fingerprint != self.provenance.fingerprint:
+            raise ValueError("these are other data than the reference's: pass those it was made for")
 
     def samples(self) -> dict[str, Tensor]:
         """Draws in the model's own space: site -> `[C, S, B, *event]`."""

@@ -24,7 +24,7 @@ from pyrovae.samplers.mass import Mass, estimate, unit
 from pyrovae.samplers.state import State
 from pyrovae.samplers.tuning import StepSizes, TrajectoryLength
 
-__all__ = ["Target", "Tuned", "Visit", "draw", "transition", "warm_up"]
+__all__ = ["Target", "Tuned", "Visit", "draw", "reasonable", "transition", "warm_up"]
 
 _WINDOWS = (0.13, 0.27, 0.47, 0.87)  # ends of the mass windows, as shares of the warm-up
 _MAX_STEPS = 256  # of one trajectory
@@ -65,14 +65,14 @@ class Visit(NamedTuple):
     num_leapfrog: int
 
 
-def transition(state: State, target: Target, tuned: Tuned, generator: torch.Generator) -> tuple[State, Visit]:
-    """One trajectory of every chain, accepted or not."""
+def transition(
+    state: State, target: Target, tuned: Tuned, steps: int, generator: torch.Generator
+) -> tuple[State, Visit]:
+    """One trajectory of `steps` leapfrog steps of every chain, accepted or not."""
     u = state.u
     chains, rows, dim = u.shape
     noise = torch.randn(chains, rows, dim, generator=generator, dtype=u.dtype, device=u.device)
     uniform = torch.rand(chains, rows, generator=generator, dtype=u.dtype, device=u.device)
-    steps = _number_of_steps(tuned, generator)
-
     whole = tuned.mass.scaled(tuned.step_size)
     half = tuned.mass.scaled(0.5 * tuned.step_size)
     momentum = noise + half.pull(state.gradient)
@@ -94,6 +94,10 @@ def transition(state: State, target: Target, tuned: Tuned, generator: torch.Gene
         torch.where(wide, new.gradient, state.gradient),
     )
     return kept, Visit(accept_prob, energy, error > DIVERGENT, new.u, momentum, steps)
+
+
+def _jittered(state: State, target: Target, tuned: Tuned, generator: torch.Generator) -> tuple[State, Visit]:
+    return transition(state, target, tuned, _number_of_steps(tuned, generator), generator)
 
 
 def _number_of_steps(tuned: Tuned, generator: torch.Generator) -> int:
@@ -125,12 +129,12 @@ def warm_up(
             "starting points with init=..., or check the model there"
         )
     mass = unit(state.u, dense=dense)
-    sizes = StepSizes(_reasonable(state, target, mass, generator), target_accept)
+    sizes = StepSizes(reasonable(state, target, mass, generator), target_accept)
     length, window = TrajectoryLength(), _Window(state.u)
     ends = {max(1, round(share * num_steps)) for share in _WINDOWS}
     for step in range(1, num_steps + 1):
         before, size = state.u, sizes.size
-        state, visit = transition(state, target, Tuned(size, mass, length.tau), generator)
+        state, visit = _jittered(state, target, Tuned(size, mass, length.tau), generator)
         sizes.update(visit.accept_prob.mean(0))
         centre = window.add(state.u)
         if step > num_steps * _WINDOWS[0] / 2:  # chains that still travel to the mass would ask for long ones
@@ -163,15 +167,14 @@ class _Window:
         return self.sum / len(self.draws)
 
 
-def _reasonable(state: State, target: Target, mass: Mass, generator: torch.Generator) -> Tensor:
+def reasonable(state: State, target: Target, mass: Mass, generator: torch.Generator) -> Tensor:
     """Step sizes at which one leapfrog step is accepted about half of the time (Hoffman & Gelman 2014), `[B]`."""
     rows = state.u.shape[1]
     size = torch.ones(rows, dtype=state.u.dtype, device=state.u.device)
     direction = torch.zeros_like(size)
     settled = torch.zeros_like(size, dtype=torch.bool)
     for _ in range(40):
-        one = Tuned(size, mass, 0.0)  # tau = 0: a single step
-        _, visit = transition(state, target, one, generator)
+        _, visit = transition(state, target, Tuned(size, mass, 0.0), 1, generator)
         now = torch.where(visit.accept_prob.mean(0) > 0.5, 1.0, -1.0)
         direction = torch.where(direction == 0, now, direction)
         settled = settled | (now != direction)
@@ -203,7 +206,7 @@ def draw(
     energies = _Energies()
     number = thin * num_samples
     for step in range(1, number + 1):
-        state, visit = transition(state, target, tuned, generator)
+        state, visit = _jittered(state, target, tuned, generator)
         accepted += visit.accept_prob.mean(0)
         divergences += visit.diverging.sum(0)
         leapfrogs += visit.num_leapfrog
