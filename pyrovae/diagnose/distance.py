@@ -1,10 +1,11 @@
-r"""How far are a guide's draws from reference draws? Four distances, one number per datum.
+r"""How far are a guide's draws from reference draws? Five distances, per datum.
 
 With draws :math:`a` of the guide and :math:`b` of the reference, moments taken over draws, per datum:
 
 * standardised mean error :math:`\max_d |m_a - m_b|_d / s_{b,d}`;
 * ratio of standard deviations :math:`s_{a,d} / s_{b,d}`, below 1 where the guide is too narrow;
 * correlation error :math:`\lVert R_a - R_b \rVert_F`;
+* 1-Wasserstein distance of every latent, :math:`\int_0^1 |F_a^{-1}(t) - F_b^{-1}(t)|\, dt / s_{b,d}`;
 * sliced Wasserstein distance, draws divided by :math:`s_b` first: over unit vectors :math:`\theta_r`,
 
 .. math::
@@ -29,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["correlation_error", "sd_ratio", "sliced_w2", "standardized_mean_error"]
+__all__ = ["check_draws", "correlation_error", "sd_ratio", "sliced_w2", "standardized_mean_error", "w1"]
 
 
 def standardized_mean_error(a: Tensor, b: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def standardized_mean_error(a: Tensor, b: Tensor) -> Tensor:
         ValueError: For shapes that do not match, fewer than 2 draws, draws that are not finite, or a constant
             reference.
     """
-    a, b = _check(a, b)
+    a, b = check_draws(a, b)
     return ((a.mean(0) - b.mean(0)).abs() / b.std(0)).amax(-1)
 
 
@@ -63,7 +64,7 @@ def sd_ratio(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: As :func:`standardized_mean_error`.
     """
-    a, b = _check(a, b)
+    a, b = check_draws(a, b)
     return a.std(0) / b.std(0)
 
 
@@ -80,8 +81,27 @@ def correlation_error(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: As :func:`standardized_mean_error`.
     """
-    a, b = _check(a, b)
+    a, b = check_draws(a, b)
     return torch.linalg.matrix_norm(_correlation(a) - _correlation(b))
+
+
+def w1(a: Tensor, b: Tensor) -> Tensor:
+    """1-Wasserstein distance of every latent's marginal, in standard deviations of the reference.
+
+    Args:
+        a: The guide's draws ``[S, B, D]``.
+        b: Reference draws ``[T, B, D]``; S and T may differ.
+
+    Returns:
+        ``[B, D]``, float64. For two normals of equal scale, the shift.
+
+    Raises:
+        ValueError: As :func:`standardized_mean_error`.
+    """
+    a, b = check_draws(a, b)
+    weight, index_a, index_b = (value.to(a.device) for value in _coupling(a.shape[0], b.shape[0]))
+    apart = (a.sort(dim=0).values[index_a] - b.sort(dim=0).values[index_b]).abs()
+    return torch.einsum("n,nbd->bd", weight, apart) / b.std(0)
 
 
 def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) -> Tensor:
@@ -104,7 +124,7 @@ def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) ->
     """
     if num_directions < 1:
         raise ValueError(f"num_directions must be at least 1, got {num_directions}")
-    a, b = _check(a, b)
+    a, b = check_draws(a, b)
     scale = b.std(0)
     directions = _directions(num_directions, a.shape[-1], seed).to(a.device)
     weight, index_a, index_b = (value.to(a.device) for value in _coupling(a.shape[0], b.shape[0]))
@@ -118,7 +138,7 @@ def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) ->
     return torch.stack(distances)
 
 
-def _check(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def check_draws(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets of draws in float64, or a clear error."""
     if a.dim() != 3 or b.dim() != 3 or a.shape[1:] != b.shape[1:] or 0 in a.shape[1:]:
         raise ValueError(
