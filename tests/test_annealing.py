@@ -140,6 +140,8 @@ def test_simulated_data_are_bracketed(dtype):
     state = torch.get_rng_state()
     first, again = (evidence.bdmc(vae, x, num_temperatures=300) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
+    assert len(pyro.get_param_store()) == 0
+    assert vae.training
     assert torch.equal(first.upper.values, again.upper.values)
     assert first.simulated
     assert first.lower.provenance.fingerprint != evidence.ais(vae, x, num_temperatures=2).provenance.fingerprint
@@ -199,6 +201,19 @@ def test_simulation_says_what_it_cannot_do():
         simulate(space, (x,), {"twin": (2 * x, 2 * x)})
     with pytest.raises(DataError, match="factor"):
         evidence.bdmc(factored, x)
+
+
+def test_batch_norm_does_not_move():
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 9))
+    vae = models.VAE(decoder, 2).train()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    x = torch.bernoulli(torch.full((5, 9), 0.5))
+    evidence.bdmc(vae, x, num_temperatures=5)
+    reference.hmc(vae, x, progress=False, target_ess=50, warmup=50)
+    assert vae.training
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):

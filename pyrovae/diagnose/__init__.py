@@ -1,5 +1,6 @@
 """Is this posterior any good? Importance-weight diagnostics, chain diagnostics, distances to a reference."""
 
+from pyrovae.diagnose.calibration import Calibration, calibrate
 from pyrovae.diagnose.convergence import ess_bulk, ess_tail, split_rhat
 from pyrovae.diagnose.distance import correlation_error, sd_ratio, sliced_w2, standardized_mean_error, w1
 from pyrovae.diagnose.gaps import Gaps, gaps
@@ -8,6 +9,6 @@ from pyrovae.diagnose.weights import khat
 from pyrovae.psis import pareto_khat, psis_smooth
 
 __all__ = [
-    "Gaps", "c2st", "correlation_error", "ess_bulk", "ess_tail", "gaps", "khat", "mmd2", "pareto_khat", "psis_smooth",
-    "sd_ratio", "sliced_w2", "split_rhat", "standardized_mean_error", "w1",
+    "Calibration", "Gaps", "c2st", "calibrate", "correlation_error", "ess_bulk", "ess_tail", "gaps", "khat", "mmd2",
+    "pareto_khat", "psis_smooth", "sd_ratio", "sliced_w2", "split_rhat", "standardized_mean_error", "w1",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrovae import noise
+from pyrovae import noise, store
 from pyrovae.batching import Batched
 from pyrovae.chunks import per_chunk
 from pyrovae.errors import LatentError
@@ -34,6 +34,7 @@ from pyrovae.evidence.estimate import LOWER, UPPER, Estimate
 from pyrovae.latents import LatentSpace
 from pyrovae.memory import rows_within
 from pyrovae.provenance import Provenance
+from pyrovae.runtime import evaluating
 from pyrovae.samplers.batched import Tuned, reasonable, transition
 from pyrovae.samplers.mass import Mass
 from pyrovae.samplers.state import State
@@ -123,21 +124,23 @@ def _annealed(
     if num_chains < 2 or num_leapfrog < 1:
         raise ValueError("annealing needs num_chains >= 2 and num_leapfrog >= 1")
     betas = temperatures(num_temperatures, schedule)
-    space = LatentSpace(model, *args, plate=plate, batched=batched, **kwargs)
-    space.require_unit_scale(*args, **kwargs)
+    with evaluating(model), store.isolated():
+        space = LatentSpace(model, *args, plate=plate, batched=batched, **kwargs)
+        space.require_unit_scale(*args, **kwargs)
+        whole = space.bind(*args, **kwargs)
+        if chunk is None:
+            point = torch.zeros(1, whole.rows.size, space.dim, dtype=space.dtype, device=space.device)
+            chunk = rows_within(_MEMORY, whole, point, num_chains)
     if space.enumerated:
         raise LatentError(
             f"annealing tempers the likelihood, which a model with enumerated latents {list(space.enumerated)} does "
             "not have by itself: use evidence.iwae"
         )
-    whole = space.bind(*args, **kwargs)
     if posterior is not None and posterior.shape != (num_chains, whole.rows.size, space.dim):
         raise ValueError(
             f"posterior draws must have shape {[num_chains, whole.rows.size, space.dim]}, got {list(posterior.shape)}"
         )
-    if chunk is None:
-        point = torch.zeros(1, whole.rows.size, space.dim, dtype=space.dtype, device=space.device)
-        chunk = rows_within(_MEMORY, whole, point, num_chains)
+
     def measure(*some: Any, **named: Any) -> Tensor:
         """Log-weights `[C, b]` of some rows."""
         ends, some = (None, some) if posterior is None else (some[0].transpose(0, 1), some[1:])

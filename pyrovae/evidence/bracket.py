@@ -147,7 +147,7 @@ def bdmc(
         observes: observed site -> position or name of its argument, where that cannot be told.
         Others as in `bracket`.
     """
-    with seeded(noise.mix(seed, -1)):
+    with seeded(noise.mix(seed, -1)), evaluating(model), isolated():
         space = LatentSpace(model, *args, plate=plate, batched=batched, **kwargs)
         u, new_args, new_kwargs = simulate(space, args, kwargs, observes)
     options = {"num_chains": num_chains, "num_temperatures": num_temperatures, "plate": plate, "batched": batched,
