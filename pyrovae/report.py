@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pyrovae.table import Row, cells, columns_of
 
-__all__ = ["figure", "page", "section", "table"]
+if TYPE_CHECKING:
+    from pyrovae.diagnose import Report
+
+__all__ = ["diagnosis", "figure", "page", "section", "table"]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6875; --line: #e3e7eb; --accent: #0072B2; }
@@ -29,6 +32,8 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: nowrap; } td.words { color: var(--soft); }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
+ul { max-width: 74ch; padding-left: 1.2rem; } li { margin: .3rem 0; }
+pre { font-size: .8rem; overflow-x: auto; margin: .5rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .86rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -73,6 +78,21 @@ def section(title: str, *parts: str) -> str:
 def paragraph(text: str, style: str = "") -> str:
     """Plain words."""
     return f'<p class="{style}">{html.escape(text)}</p>' if style else f"<p>{html.escape(text)}</p>"
+
+
+def diagnosis(found: Report, extra: Mapping[str, Any] | None = None) -> list[str]:
+    """A diagnostic report as sections: the verdict, the pictures, the numbers."""
+    words = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found.verdict)
+    sections = [section(f"Verdict on {found.guide}", f"<ul>{words}</ul>")]
+    sections += [section(title, figure(fig, title)) for title, fig in found.figures().items()]
+    parts = (found.elbo, found.iwae, found.gaps, found.information, found.comparison, found.reference,
+             found.calibration)  # fmt: skip
+    numbers = "".join(f"<pre>{html.escape(repr(part))}</pre>" for part in parts if part is not None)
+    origin = {k: v for k, v in found.provenance.to_dict().items() if k != "versions" and v != ""}
+    sections.append(section("The numbers", numbers))
+    sections.append(section("Where the numbers come from", facts({**origin, **found.provenance.versions,
+                                                                  **(extra or {})})))  # fmt: skip
+    return sections
 
 
 def page(title: str, lead: str, sections: Sequence[str]) -> str:

@@ -1,0 +1,128 @@
+r"""How much do the latents know? KL to the prior, mutual information, active units.
+
+With :math:`q(u) = \frac1N \sum_n q(u \mid x_n)` over the N data given,
+
+.. math::
+    \mathrm{KL}_n = \mathbb{E}_{q(u|x_n)} \log \frac{q(u \mid x_n)}{p(u)}, \qquad
+    I = \frac1N \sum_n \mathbb{E}_{q(u|x_n)} \log \frac{q(u \mid x_n)}{q(u)} \le \log N.
+
+I is the information that q carries about *which of these N data* it was given: it cannot exceed :math:`\log N`, so a
+value near that says that N is too small, not how much the latents know. A latent is *active* where the variance over
+data of its posterior mean passes 0.01 (Burda, Grosse & Salakhutdinov 2016); the Monte Carlo part of that variance is
+taken out.
+
+Sources: Hoffman & Johnson, ELBO surgery (2016), for the decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.chunks import per_chunk
+from pyrovae.errors import NoDensityError
+from pyrovae.losses.base import require_pair
+
+__all__ = ["Information", "information"]
+
+_ACTIVE = 0.01
+_BLOCK = 2_000_000  # densities evaluated at once
+
+
+@dataclass(frozen=True)
+class Information:
+    """What a guide's posteriors know of the data.
+
+    Attributes:
+        kl: `[N]`, KL(q(u | x_n) || p(u)), nats.
+        kl_se: `[N]`, Monte Carlo standard errors.
+        mutual_information: I in nats, or None for a guide whose posterior has no density in closed form.
+        cap: log N, which I cannot exceed.
+        mean_variance: `[D]`, variance over data of the posterior mean.
+    """
+
+    kl: Tensor
+    kl_se: Tensor
+    mutual_information: float | None
+    cap: float
+    mean_variance: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        """`[D]`: latents whose posterior mean moves with the data."""
+        return self.mean_variance > _ACTIVE
+
+    def __repr__(self) -> str:
+        n, dim = len(self.kl), len(self.mean_variance)
+        known = "unknown (no density in closed form)"
+        if self.mutual_information is not None:
+            near = ", which caps it: give more data" if self.mutual_information > self.cap - 0.5 else ""
+            known = f"{self.mutual_information:.2f} nats of at most log {n} = {self.cap:.2f}{near}"
+        return (
+            f"Information in {n} data: KL {float(self.kl.mean()):.2f} nats per datum; mutual information {known}; "
+            f"{int(self.active.sum())} of {dim} latents active"
+        )
+
+
+def information(
+    model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 100, seed: int = 0, chunk: int = 256,
+    **kwargs: Any,
+) -> Information:  # fmt: skip
+    """KL, mutual information and active units of a guide with a density.
+
+    Args:
+        num_samples: draws per datum; 10 of them for the mutual information, which takes N densities at each.
+        seed, chunk: as in `evidence.log_weights`.
+
+    Raises:
+        NoDensityError: the guide has draws but no density.
+    """
+    require_pair(model, guide, None)
+    if num_samples < 2:
+        raise ValueError(f"information needs num_samples of at least 2, got {num_samples}")
+    if not hasattr(guide, "_sampler"):
+        raise NoDensityError(f"{guide!r} has no density, so its KL to the prior is unknown: use reference.compare")
+
+    def measure(*some: Any, **named: Any) -> Tensor:
+        """Draws and, as one more latent, log q - log p there, `[S, b, D + 1]`."""
+        with guide._aside():
+            log_joint = guide.space(*some, **named).bind(*some, **named)
+            u, log_q = guide._sampler(*some, **named).draw(num_samples)
+            return torch.cat([u, (log_q - log_joint.terms(u)[0]).unsqueeze(-1)], dim=-1).double()
+
+    found = per_chunk(
+        measure, (model, guide), args, kwargs, plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk
+    )
+    u, excess = found[..., :-1], found[..., -1]
+    between = u.mean(0).var(0) if u.shape[1] > 1 else torch.zeros_like(u[0, 0])
+    noise = u.var(0).mean(0) / num_samples
+    return Information(
+        kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(num_samples),
+        mutual_information=_mutual_information(guide, u[:10], args, kwargs), cap=math.log(u.shape[1]),
+        mean_variance=(between - noise).clamp_min(0),
+    )  # fmt: skip
+
+
+def _mutual_information(guide: Any, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """From draws `[S, N, D]`, all N posteriors at each."""
+    with torch.no_grad():
+        try:
+            q = guide.posterior(*args, **kwargs)
+        except NoDensityError:  # a chain: its density lives on a larger space
+            return None
+        if guide.plate is None:
+            return 0.0
+        like = guide.space(*args, **kwargs)
+        points = u.to(like.dtype).to(like.device).flatten(0, 1).unsqueeze(1)  # [S N, 1, D]
+        number = u.shape[1]
+        rows = [
+            q.log_prob(block.expand(-1, number, -1)).double() for block in points.split(max(1, _BLOCK // number))
+        ]
+    densities = torch.cat(rows).view(len(u), number, number)
+    own = densities.diagonal(dim1=1, dim2=2)
+    return float((own - torch.logsumexp(densities, -1) + math.log(number)).mean())

@@ -1,0 +1,88 @@
+"""KL, mutual information and active units against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from bench import problems
+from torch import nn
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from pyrovae import guides
+from pyrovae.diagnose import information
+from pyrovae.errors import IncompatibleError, NoDensityError
+
+MODEL, X = problems.ppca(rows=40, latent=3, pixels=8, noise=1.0)
+
+
+class Exact(guides.Amortized):
+    def lam(self, x):
+        q = self.model.posterior(x)
+        return self.family(x).pack(q.mean, q.scale_tril)
+
+
+def exact():
+    return Exact(MODEL, nn.Identity(), family="full-rank")
+
+
+def test_closed_forms():
+    """KL of Gaussians, variance of their means; the mutual information of well separated data is log N."""
+    with torch.no_grad():
+        q = MODEL.posterior(X)
+        prior = MultivariateNormal(torch.zeros(3, dtype=torch.double), torch.eye(3, dtype=torch.double))
+        kl = kl_divergence(MultivariateNormal(q.mean, scale_tril=q.scale_tril), prior)
+    found = information(MODEL, exact(), X, num_samples=2000)
+    assert ((found.kl - kl).abs() < 4 * found.kl_se).all()
+    torch.testing.assert_close(found.mean_variance, q.mean.var(0), rtol=0.05, atol=0)
+    assert found.active.all()
+    assert found.cap == math.log(40)
+    assert 0 < found.mutual_information <= found.cap
+    assert "3 of 3 latents active" in repr(found)
+    far = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.double) * 300
+    capped = information(MODEL, exact(), far)
+    assert abs(capped.mutual_information - math.log(5)) < 1e-6
+    assert "caps it" in repr(capped)
+
+
+def test_equal_data_say_nothing_and_move_nothing():
+    found = information(MODEL, exact(), X[:1].expand(6, -1).clone())
+    assert abs(found.mutual_information) < 1e-9
+    assert not found.active.any()
+    assert information(MODEL, exact(), X[:1]).mutual_information == 0
+
+
+def test_mutual_information_by_hand():
+    """The average over draws of log q(u | x_n) - log mean_m q(u | x_m), from independent draws."""
+    few = X[:4]
+    with torch.no_grad():
+        q = MODEL.posterior(few)
+        one = MultivariateNormal(q.mean, scale_tril=q.scale_tril)
+        u = one.sample((20_000,))
+        every = one.log_prob(u.unsqueeze(2))  # [S, n, m]
+        own = every.diagonal(dim1=1, dim2=2)
+        each = own - torch.logsumexp(every, -1) + math.log(4)
+    expected, se = float(each.mean()), float(each.std()) / 200  # 40 draws in `information`
+    found = information(MODEL, exact(), few)
+    assert abs(found.mutual_information - expected) < 4 * se * 200 / 40**0.5
+
+
+def test_chains_have_a_kl_but_no_mutual_information():
+    model, x = problems.ppca(rows=3, latent=2, pixels=4)
+    guide = guides.DAIS(guides.Amortized(model, nn.Linear(4, 4).double()), num_steps=2)
+    found = information(model, guide, x)
+    assert found.mutual_information is None
+    assert found.kl.isfinite().all()
+    assert "unknown" in repr(found)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        information(MODEL, exact(), X, num_samples=1)
+    chain = guides.ShortRun(MODEL, num_steps=2)
+    with pytest.raises(NoDensityError):
+        information(MODEL, chain, X)
+    other, _ = problems.ppca(rows=3, latent=3, pixels=8)
+    with pytest.raises(IncompatibleError):
+        information(other, exact(), X)
