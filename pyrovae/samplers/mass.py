@@ -5,8 +5,8 @@ of size e in q is, in u,
 
     p += (e/2) A' grad log f(u);     u += e A p;     p += (e/2) A' grad log f(u)
 
-with kinetic energy |p|^2 / 2. Estimates shrink towards the mean variance of a datum as Stan's do towards one: with n
-draws, n / (n + 5) of the covariance and 5 / (n + 5) of 0.001 times it, so that a short window cannot be singular.
+with kinetic energy |p|^2 / 2. From n draws, a covariance counts n / (n + 5), and 5 / (n + 5) of 0.001 times its own
+diagonal is added: a short window cannot be singular, and the units of a latent do not matter.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def unit(like: Tensor, *, dense: bool) -> Mass:
 def estimate(draws: Tensor, *, dense: bool) -> Mass:
     """From the draws of a warm-up window, `[S, C, B, D]`, all chains of a datum pooled."""
     pooled = draws.flatten(0, 1).double()
-    number, _, dim = pooled.shape
+    number = len(pooled)
     centred = pooled - pooled.mean(0)
     variance = centred.square().sum(0) / max(1, number - 1)  # [B, D]
     keep = number / (number + _PRIOR_DRAWS)
-    floor = (1 - keep) * _FLOOR * variance.mean(-1, keepdim=True) + torch.finfo(draws.dtype).tiny
+    tiny = torch.finfo(draws.dtype).tiny  # of draws that have not moved
     if not dense:
-        return Mass((keep * variance + floor).sqrt().to(draws.dtype))
+        return Mass((variance + tiny).sqrt().to(draws.dtype))
+    floor = (1 - keep) * _FLOOR * variance + tiny
     covariance = torch.einsum("nbi,nbj->bij", centred, centred) / max(1, number - 1)
-    covariance = keep * covariance + floor.unsqueeze(-1) * torch.eye(dim, dtype=torch.double, device=draws.device)
-    return Mass(torch.linalg.cholesky(covariance).to(draws.dtype))
+    return Mass(torch.linalg.cholesky(keep * covariance + torch.diag_embed(floor)).to(draws.dtype))
