@@ -29,7 +29,7 @@ def to_inference_data(nested: Nested, coords: dict[str, Any]) -> Any:
     import arviz as az
 
     datasets = _datasets(nested, coords)
-    known = {name: value for name, value in datasets.items() if not name.startswith("posterior_")}
+    known = {name: value for name, value in datasets.items() if not name.startswith(("posterior_", "sample_stats_"))}
     data = az.InferenceData(**known)
     custom = {name: value for name, value in datasets.items() if name not in known}
     if custom:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from bench import problems
 
-from pyrovae import LatentSpace, export, guides, reference
+from pyrovae import LatentSpace, evidence, export, guides, reference
+from pyrovae.errors import IncompatibleError, NoDensityError
 from pyrovae.nets import MLP
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,52 @@ def test_round_trip_through_netcdf(local, tmp_path):
     summary = az.summary(found, var_names=["s"])
     assert list(summary.index) == ["s[a]", "s[b]", "s[c]"]
     np.testing.assert_allclose(summary["mean"], truth.samples()["s"].mean((0, 1)), atol=6e-4)  # three decimals
+
+
+def test_statistics_of_chains_and_guides(local):
+    """lp, energy and diverging of batched HMC; lp, log_q and k-hat of a guide; ArviZ's k-hat is ours."""
+    x, _, _ = local
+    chains = reference.hmc(problems.gamma_normal, x, progress=False, target_ess=100)
+    torch.manual_seed(0)
+    guide = guides.Amortized(problems.gamma_normal, MLP([3, 6]))
+    found = export.drawn(guide, x, num_samples=400)
+    idata = export.to_arviz(chains, {"amortized": found}, {"x": x})
+    stats = idata.sample_stats
+    assert set(stats.data_vars) == {"lp", "energy", "diverging"}
+    assert stats["energy"].dims == stats["diverging"].dims == ("chain", "draw", "data")
+    assert (stats["energy"].values >= -stats["lp"].values - 30).all()
+    np.testing.assert_array_equal(stats["diverging"].values, chains.chains.diverging.numpy())
+    mine = idata["sample_stats_amortized"]
+    assert set(mine.data_vars) == {"lp", "log_q", "khat"}
+    torch.testing.assert_close(found.lp - found.log_q, evidence.log_weights(
+        problems.gamma_normal, guide, x, num_samples=400).float(), rtol=1e-4, atol=1e-4)  # fmt: skip
+    _, khat = az.psislw((mine["lp"] - mine["log_q"]).values[0].T.astype(float))
+    np.testing.assert_allclose(khat, mine["khat"].values, rtol=1e-4)
+    assert len(az.summary(idata, var_names=["s"])) == 3
+    alone = export.to_arviz(guides={"amortized": found}, space=guide.space(x))
+    assert set(alone.groups()) >= {"posterior", "sample_stats"}
+    with pytest.raises(NoDensityError, match=r"guide\.draws"):
+        export.drawn(guides.ShortRun(problems.gamma_normal, num_steps=2), x)
+
+
+def test_leave_one_out_in_joint_mode_only(local):
+    """Eight schools: az.loo on the pointwise log-likelihood, each school's by hand; a data plate is refused."""
+    model = problems.eight_schools()
+    chains = reference.hmc(model, plate=None, progress=False, target_ess=200)
+    pointwise = export.log_likelihood(chains.space, chains.draws)
+    ((site, values),) = pointwise.items()
+    assert values.shape == (8, 50, 8)
+    sites = chains.samples()
+    y, sigma = problems.SCHOOLS
+    theta = sites["mu"].unsqueeze(-1) + sites["tau"].unsqueeze(-1) * sites["eta"]
+    torch.testing.assert_close(values, dist.Normal(theta, sigma).log_prob(y), rtol=1e-4, atol=1e-4)
+    found = az.loo(export.to_arviz(chains, pointwise=pointwise))
+    assert -33 < found.elpd_loo < -29  # about -30.8 for this model
+    assert found.n_data_points == 8
+    x, truth, _ = local
+    with pytest.raises(IncompatibleError, match="held-out data"):
+        export.log_likelihood(truth.space, truth.draws, x)
+    assert site
 
 
 def test_trace_plot(local):
