@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, cast
 
 import typer
@@ -82,6 +83,93 @@ def certify(
     outcome = run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
     if not outcome.passed:
         raise typer.Exit(1)
+
+
+Run = Annotated[str, typer.Argument(help="folder of a finished `pyrovae compare`")]
+Chosen = Annotated[str, typer.Option(help="comma-separated; all by default")]
+Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
+Threads = Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default for small nets")]
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    guides: Chosen = "",
+    num_samples: Annotated[int, typer.Option(min=2, help="importance draws per datum")] = 5000,
+    num_data: Annotated[int, typer.Option(min=1, help="held-out data, from the first")] = 1000,
+    temperatures: Annotated[int, typer.Option(min=0, help="of annealed importance sampling; 0 leaves it out")] = 0,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Tighter bounds of log p(x) for a finished run. A run that was stopped goes on where it was."""
+    from pyrovae.comparison import afterwards
+
+    _after(
+        "evaluate", lambda say: afterwards.evaluate(
+            run, guides=_names(guides), num_samples=num_samples, num_data=num_data, temperatures=temperatures,
+            seed=seed, threads=threads, say=say,
+        ),
+    )  # fmt: skip
+
+
+@app.command()
+def diagnose(
+    run: Run,
+    guides: Chosen = "",
+    num_data: Annotated[int, typer.Option(min=1, help="held-out data, from the first")] = 1000,
+    num_reference: Annotated[int, typer.Option(min=0, help="of them, with long chains")] = 100,
+    num_gaps: Annotated[int, typer.Option(min=0, help="of them, with local inference")] = 100,
+    num_simulated: Annotated[int, typer.Option(min=0, help="simulated data for calibration; 0 leaves it out")] = 1000,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Say how wrong each guide of a finished run is, where, and what to do: verdicts here, pictures in a page."""
+    from pyrovae.comparison import afterwards
+
+    _after(
+        "diagnose", lambda say: afterwards.diagnose(
+            run, guides=_names(guides), num_data=num_data, num_reference=num_reference, num_gaps=num_gaps,
+            num_simulated=num_simulated, seed=seed, threads=threads, say=say,
+        ),
+    )  # fmt: skip
+
+
+@app.command()
+def reference(
+    run: Run,
+    guides: Chosen = "",
+    num_data: Annotated[int, typer.Option(min=1, help="held-out data, from the first")] = 100,
+    num_chains: Annotated[int, typer.Option(min=2, help="for every datum")] = 8,
+    target_ess: Annotated[float, typer.Option(min=10, help="effective draws of every datum")] = 2000.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Long chains for a finished run, its guides held against them. A run that was stopped goes on where it was."""
+    from pyrovae.comparison import afterwards
+
+    _after(
+        "reference", lambda say: afterwards.reference(
+            run, guides=_names(guides), num_data=num_data, num_chains=num_chains, target_ess=target_ess, seed=seed,
+            threads=threads, say=say,
+        ),
+    )  # fmt: skip
+
+
+def _after(command: str, work: Callable[[Callable[[Any], None]], Any]) -> None:
+    """Run it on a console; bad input ends with one sentence and status 2."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from pyrovae.errors import CheckpointError
+
+    console = Console()
+    if console.width < 150:
+        console = Console(width=150)
+    try:
+        work(lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        console.print(f"[bold red]pyrovae {command}:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -12,14 +12,14 @@ from pyrovae.provenance import Provenance, require_comparable
 __all__ = ["COLUMNS", "LEGEND", "Number", "Row", "cells", "columns_of", "to_rich"]
 
 COLUMNS = (
-    "guide", "ELBO", "IWAE", "Δ ELBO", "Δ IWAE", "k-hat", "> 0.7", "mean error", "sd ratio", "sliced W2",
+    "guide", "ELBO", "IWAE", "AIS", "Δ ELBO", "Δ IWAE", "k-hat", "> 0.7", "mean error", "sd ratio", "sliced W2",
     "ms", "train s",
 )  # fmt: skip
 
 LEGEND = (
-    "ELBO, IWAE: lower bounds of log p(x), nats per datum, mean ± standard error over held-out data; Δ: paired "
+    "ELBO, IWAE, AIS: lower bounds of log p(x), nats per datum, mean ± standard error over held-out data; Δ: paired "
     "difference per datum. k-hat: median over data, and share above 0.7. mean error, sd ratio, sliced W2: against "
-    "NUTS, with the noise floor (NUTS half against NUTS half) in brackets. ms: one posterior, batched."
+    "long chains, with the noise floor (half of their draws against the other) in brackets. ms: one posterior, batched."
 )
 
 
