@@ -47,7 +47,8 @@ def compare(
         settings = Settings(
             data=data, guides=names, latent_dim=latent_dim, epochs=min(epochs, 5) if quick else epochs, seed=seed,
             device=device, threads=threads, out=out, quick=quick, binarization=cast(Any, binarization),
-            num_samples=200 if quick else 1000, num_reference=4 if quick else 20, resume=resume,
+            num_samples=200 if quick else 1000, num_reference=4 if quick else 20,
+            num_gaps=10 if quick else 50, num_simulated=200 if quick else 1000, resume=resume,
         )  # fmt: skip
         run(settings, say=lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
     except (ValueError, FileNotFoundError, CheckpointError, ParameterCollision, TrainingDiverged) as error:

@@ -58,6 +58,7 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     job.phase("training on the frozen decoder", job.tune_all)
     job.phase("evaluation", job.evaluate_all)
     job.phase("reference chains", job.sample_references)
+    job.phase("diagnosis", job.diagnose_all)
     job.phase("report", job.write)
     total = sum(outcome.phases.values())
     say(f"{total:.0f} s in all; see {out / 'report.html'}")
@@ -187,6 +188,19 @@ class _Job:
         truth = o.references[o.frozen_from]
         for name, guide in o.frozen_guides.items():
             o.draws[name] = self._compare(o.frozen, name, guide, truth, x)
+
+    def diagnose_all(self) -> None:
+        """Where each guide loses under its own decoder; and the frozen decoder's own guide on simulated data."""
+        s, o = self.settings, self.outcome
+        for name, guide in o.guides.items():
+            if guide.traits.has_density:
+                o.gaps[name] = diagnose.gaps(
+                    guide.model, guide, self.test[: s.num_gaps], num_samples=s.num_samples, seed=s.seed,
+                    progress=f"gaps of {name}",
+                )  # fmt: skip
+                self.say(f"  {o.gaps[name]!r}")
+        base = o.guides[o.frozen_from]
+        o.calibration = diagnose.calibrate(base.model, base, self.test, num_data=s.num_simulated, seed=s.seed)
 
     def _compare(
         self, rows: Sequence[Row], name: str, guide: Guide, truth: reference.Reference, x: Tensor

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrovae import reference
+from pyrovae import diagnose, reference
 from pyrovae.comparison.recipes import GUIDES
 from pyrovae.data.images import Binarization
+from pyrovae.evidence import Estimate
 from pyrovae.guides.base import Guide
 from pyrovae.models import VAE
 from pyrovae.provenance import Provenance
@@ -38,6 +39,8 @@ class Settings:
     learning_rate: float = 1e-3
     num_samples: int = 1000
     num_reference: int = 20
+    num_gaps: int = 50
+    num_simulated: int = 1000
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class Outcome:
     references: dict[str, reference.Reference] = field(default_factory=dict)
     draws: dict[str, Tensor] = field(default_factory=dict)
     khats: dict[str, Tensor] = field(default_factory=dict)
+    gaps: dict[str, diagnose.Gaps] = field(default_factory=dict)
+    calibration: diagnose.Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
@@ -88,6 +93,13 @@ class Outcome:
                 }
                 for name, r in self.references.items()
             },
+            "gaps": {
+                name: {
+                    "approximation": _number(g.approximation), "amortization": _number(g.amortization),
+                    "inference": _number(g.inference), "num_data": len(g.status), "flagged": int(g.flagged.sum()),
+                }
+                for name, g in self.gaps.items()
+            },
             "training": {
                 name: {"objective": f.objective, "curve": f.curve, "steps": f.steps, "seconds": f.seconds}
                 for name, f in self.fits.items()
@@ -101,6 +113,10 @@ def no_density(outcome: Outcome) -> str:
     if not names:
         return ""
     return f"{', '.join(names)}: draws without a density, trained on E_q log p(x,z), which is not a bound of log p(x)."
+
+
+def _number(estimate: Estimate) -> dict[str, Any]:
+    return {"value": estimate.mean, "se": estimate.mean_se, "kind": estimate.kind}
 
 
 def _finite(values: Tensor) -> list[float | None]:

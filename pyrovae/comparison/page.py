@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import torch
@@ -58,8 +59,7 @@ def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
             plots.images(_pictures(o, test), o.data.image_shape), "reconstructions and samples"),
             report.paragraph("Above: held-out data and the decoder's mean at one posterior draw. Below: the decoder's "
                              "mean at draws from the prior.", "soft")),
-        report.section("k-hat, datum by datum", report.figure(plots.khat(
-            {name: value for name, value in o.khats.items() if "frozen" not in name}), "per-datum k-hat")),
+        *_diagnosis(o),
         report.section("Where the numbers come from", report.facts({
             **{k: v for k, v in o.provenance.to_dict().items() if k != "versions"}, **o.provenance.versions,
             **{f"{name} (s)": f"{seconds:.1f}" for name, seconds in o.phases.items()},
@@ -67,6 +67,34 @@ def write_report(outcome: Outcome, test: Tensor, path: Path) -> None:
         })),
     ]  # fmt: skip
     path.write_text(report.page(f"PyroVAE on {o.data.name}", verdict(o), sections))
+
+
+def _diagnosis(o: Outcome) -> list[str]:
+    """k-hat of every datum, gaps, and calibration on simulated data."""
+    own = {name: value for name, value in o.khats.items() if "frozen" not in name}
+    sections = []
+    if own:
+        pictures = [report.figure(plots.khat(own), "per-datum k-hat")]
+        if o.frozen_from in own:
+            pictures.append(report.figure(plots.khat_histogram(own[o.frozen_from]), "histogram of k-hat"))
+        words = f"All guides; below, {o.frozen_from} with its worst data."
+        sections.append(report.section("k-hat, datum by datum", *pictures, report.paragraph(words, "soft")))
+    if o.gaps:
+        sections.append(report.section(
+            "Where the guides lose", report.figure(plots.gaps(o.gaps), "gap bars"),
+            report.paragraph(
+                "Each guide with its own decoder, nats per datum: what the best member of its family would still lose "
+                "(approximation), and what its encoder loses on top (amortization).", "soft",
+            ),
+        ))  # fmt: skip
+    if o.calibration is not None:
+        c = o.calibration
+        sections.append(report.section(
+            f"Calibration of {o.frozen_from} on {len(c.ranks)} data the model made itself",
+            report.figure(plots.sbc(c), "rank histograms"), report.figure(plots.tarp(c), "TARP"),
+            report.figure(plots.coverage(c), "coverage of intervals"), f"<pre>{html.escape(repr(c))}</pre>",
+        ))  # fmt: skip
+    return sections
 
 
 def verdict(outcome: Outcome) -> str:
