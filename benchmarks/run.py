@@ -10,6 +10,7 @@ import sys
 import quality
 import speed_amortized
 import speed_draws
+import speed_ground_truth
 import speed_laplace
 import speed_log_joint
 import speed_mixtures
@@ -17,7 +18,8 @@ import speed_semi_amortized
 import torch
 from timing import Line, arguments, show
 
-PARTS = (speed_amortized, speed_semi_amortized, speed_laplace, speed_log_joint, speed_mixtures, speed_draws)
+PARTS = (speed_amortized, speed_semi_amortized, speed_laplace, speed_log_joint, speed_mixtures, speed_draws,
+         speed_ground_truth)  # fmt: skip
 
 
 def main() -> None:
