@@ -54,11 +54,13 @@ class Information:
 
     @property
     def active(self) -> Tensor:
-        """`[D]`: latents whose posterior mean moves with the data."""
+        """`[D]`: latents whose posterior mean moves with the data; of one datum, none."""
         return self.mean_variance > _ACTIVE
 
     def __repr__(self) -> str:
         n, dim = len(self.kl), len(self.mean_variance)
+        if n == 1:
+            return f"Information in one datum: KL {float(self.kl):.2f} nats; what latents tell apart takes two data"
         known = "unknown (no density in closed form)"
         if self.mutual_information is not None:
             near = ", which caps it: give more data" if self.mutual_information > self.cap - 0.5 else ""

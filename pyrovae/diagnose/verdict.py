@@ -2,7 +2,7 @@
 
 Everything is per datum, in nats where it is a density. The verdict's words are read off the numbers by these rules:
 
-* a gap counts where it is more than three standard errors of its mean, and 0.05 nats, above zero;
+* a gap is measured where it is more than three standard errors of its mean above zero, and little up to 0.05 nats;
 * the encoder (or the family) is to blame where its part is more than twice the other's;
 * a datum disagrees with the chains where the guide's mean is off by more than half a reference standard deviation in
   some latent, or the sliced W2 distance exceeds one half and three times its noise floor.
@@ -48,6 +48,7 @@ class Report:
 
     Attributes:
         guide: its name.
+        joint: the whole program is one datum (`plate=None`), so there is no encoder to blame.
         num_data: B.
         elbo, iwae: bounds of log p(x).
         khat, ess: `[B]`; effective number of importance draws as a share of them.
@@ -60,6 +61,7 @@ class Report:
     """
 
     guide: str
+    joint: bool
     num_data: int
     elbo: Estimate | None
     iwae: Estimate | None
@@ -104,17 +106,22 @@ class Report:
         total, family, encoder = g.inference, g.approximation, g.amortization
         at_least = "" if g.log_evidence.kind == "exact" else "at least "
         lost = f"{at_least}{total.mean:.2f} ± {total.mean_se:.2f} nats per datum"
-        if not total.mean > max(_NATS, _ERRORS * total.mean_se):
+        if not total.mean > _ERRORS * total.mean_se:
             return [f"The guide loses nothing that can be measured on {len(g.status)} data ({lost})."]
+        if not total.mean > _NATS:
+            return [f"The guide loses little on {len(g.status)} data ({lost})."]
+        fault = "training" if self.joint else "encoder"
         if encoder.mean > _BLAME * family.mean:
-            words = f"The encoder, not the family, loses {encoder.mean:.2f} of {total.mean:.2f} nats"
-            advice = "Train it longer, give it more capacity, or refine its posteriors (SemiAmortized, LocalSVI)."
+            words = f"The {fault}, not the family, loses {_part(encoder, total)} nats"
+            refine = "" if self.joint else ", give it more capacity, or refine its posteriors (SemiAmortized, LocalSVI)"
+            advice = f"Train it longer{refine}."
         elif family.mean > _BLAME * encoder.mean:
-            words = f"The family, not the encoder, loses {family.mean:.2f} of {total.mean:.2f} nats"
-            advice = "Take a richer one: full-rank, a mixture, a flow, or chains (DAIS)."
+            words = f"The family, not the {fault}, loses {_part(family, total)} nats"
+            richer = "" if "Diagonal" not in g.family else "full-rank, "
+            advice = f"Take a richer one: {richer}a mixture, a flow, or chains (DAIS)."
         else:
-            words = f"Family and encoder lose {family.mean:.2f} and {encoder.mean:.2f} of {total.mean:.2f} nats"
-            advice = "A richer family and refined posteriors would both help."
+            words = f"Family and {fault} lose {family.mean:.2f} and {encoder.mean:.2f} of {total.mean:.2f} nats"
+            advice = f"A richer family and {'longer training' if self.joint else 'refined posteriors'} would both help."
         found = [f"{words} ({lost}, {len(g.status)} data). {advice}"]
         if g.flagged.any():
             found.append(
@@ -157,11 +164,14 @@ class Report:
         i = self.information
         if i is None:
             return []
+        words = f"KL to the prior is {float(i.kl.mean()):.2f} nats per datum"
+        if self.num_data == 1:  # what a latent tells apart takes two data
+            return [words + "."]
         found = []
         dead = int((~i.active).sum())
         if dead:
-            found.append(f"{dead} of {len(i.active)} latents are not active: the model does without them.")
-        words = f"KL to the prior is {float(i.kl.mean()):.2f} nats per datum"
+            are, them = ("is", "it") if dead == 1 else ("are", "them")
+            found.append(f"{dead} of {len(i.active)} latents {are} not active: the model does without {them}.")
         if i.mutual_information is not None:
             words += f", mutual information {i.mutual_information:.2f} nats"
             if i.mutual_information > i.cap - 0.5:
@@ -208,6 +218,11 @@ class Report:
             found["TARP on simulated data"] = plots.tarp(self.calibration)
             found["Coverage of intervals on simulated data"] = plots.coverage(self.calibration)
         return found
+
+
+def _part(part: Estimate, total: Estimate) -> str:
+    """A part that passes the whole, by the error of either, is all of it."""
+    return f"all of {total.mean:.2f}" if part.mean > total.mean else f"{part.mean:.2f} of {total.mean:.2f}"
 
 
 def report(
@@ -283,6 +298,6 @@ def report(
     if num_simulated:
         calibration = calibrate(model, guide, *args, num_data=num_simulated, seed=seed, **kwargs)
     return Report(
-        guide.traits.name, number, elbo, iwae, khat, ess, split, known, reference, comparison, calibration, provenance,
-        time.perf_counter() - began,
+        guide.traits.name, guide.plate is None, number, elbo, iwae, khat, ess, split, known, reference, comparison,
+        calibration, provenance, time.perf_counter() - began,
     )  # fmt: skip
