@@ -208,7 +208,6 @@ def _pair():
     return model, x, GUIDES["amortized"](model, 30, 3, torch.float64)
 
 
-
 def test_compare_of_the_truth_with_itself_is_at_the_floor():
     """An exact guide: distances are those of independent draws, below 3 floors for every datum."""
     from pyrovae import guides
@@ -216,17 +215,29 @@ def test_compare_of_the_truth_with_itself_is_at_the_floor():
     model, x, bad = _pair()
     truth = reference.exact(model, x, num_samples=4000)
     good = guides.Laplace(model, nn.Linear(30, 3).double(), num_steps=2)
-    near, far = (reference.compare(guide, truth, x) for guide in (good, bad))
+    near, far = (reference.compare(guide, truth, x, tests=True) for guide in (good, bad))
     assert (near.mean_error < 3 * near.mean_error_floor.clamp_min(0.02)).all()
     assert (near.sliced_w2 < 3 * near.sliced_w2_floor).all()
     assert ((near.sd_ratio - 1).abs() < 5 / 4000**0.5).all()
     assert (far.sliced_w2 > 5 * near.sliced_w2).all()
+    assert (near.w1 < 3 * near.w1_floor.clamp_min(0.02)).all()
+    assert (near.correlation_error < 3 * near.correlation_error_floor.clamp_min(0.05)).all()
+    assert (near.mmd2_pvalue > 0.005).all()
+    assert (far.mmd2_pvalue < 0.01).all()
+    assert (near.mmd2.abs() < 0.02).all()
+    # Accuracies of 1,000 draws of each: standard error 0.011.
+    for chance in (near.c2st, near.c2st_floor, far.c2st_floor):
+        assert ((chance - 0.5).abs() < 0.05).all()
+    assert (far.c2st > 0.6).all()
     # The floor of two halves of 2,000 draws: |difference of means| ~ sd * sqrt(2 / 2000), largest of 3 latents.
     assert (near.mean_error_floor < 5 * (2 / 2000) ** 0.5).all()
     assert ((near.sd_ratio_floor - 1).abs() < 5 / 2000**0.5).all()
     again = reference.compare(good, truth, x)
     assert torch.equal(again.draws, near.draws)
     assert "floor" in repr(near)
+    assert "p < 0.01 for 0 of 4" in repr(near)
+    assert again.mmd2 is None
+    assert "MMD" not in repr(again)
     assert "mean_error" in near._repr_html_()
 
 
@@ -237,7 +248,8 @@ def test_compare_refuses_other_data_and_unmixed_references():
         with pytest.raises(ValueError, match="other data"):
             reference.compare(guide, truth, other, num_samples=50)
     some = replace(truth, status=("ok", "did not mix", "not enough draws", "ok"))
-    result = reference.compare(guide, some, x, num_samples=50)
+    result = reference.compare(guide, some, x, num_samples=50, tests=True)
+    assert result.c2st.isnan().tolist() == [False, True, True, False]
     assert result.refused == (1, 2)
     assert result.mean_error.isnan().tolist() == [False, True, True, False]
     assert result.sd_ratio_floor.isnan().all(-1).tolist() == [False, True, True, False]
