@@ -25,7 +25,7 @@ def rows_within(gibibytes: float, bound: LogJoint, u: Tensor, copies: int) -> in
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph that holds it, for ever
 
     with torch.enable_grad(), preserve_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept):
         value = bound(u.detach().requires_grad_())

@@ -11,6 +11,7 @@ Python control flow and plain attributes as they were; each use therefore begins
 
 from __future__ import annotations
 
+import linecache
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
+from torch.fx import graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -33,6 +35,8 @@ _SAME_SHAPE = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.def
 _ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
 
 
+# torch keeps the source of every graph for tracebacks, for ever: 20 kB a recording.
+_SOURCES: dict[str, str] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
 _CACHED = 8  # recordings kept for one latent space: one for each shape of batch in use
 
 
@@ -57,12 +61,18 @@ def record(function: Callable[..., tuple[Tensor, ...]], u: Tensor, inputs: Seque
         RuntimeError: the function's control flow depends on the values of its arguments, or on something else that
             tracing does not support.
     """
-    whole = make_fx(function)(u.detach(), *inputs)
-    graph = whole.graph
-    if not any(_mutates(node) for node in graph.nodes):
-        _simplify(whole, (u.detach(), *inputs))
-    graph.eliminate_dead_code()
-    return _split(whole)
+    known = {*_SOURCES}
+    try:
+        whole = make_fx(function)(u.detach(), *inputs)
+        graph = whole.graph
+        if not any(_mutates(node) for node in graph.nodes):
+            _simplify(whole, (u.detach(), *inputs))
+        graph.eliminate_dead_code()
+        return _split(whole)
+    finally:
+        for key in {*_SOURCES} - known:
+            _SOURCES.pop(key, None)
+            linecache.cache.pop(key, None)
 
 
 def _mutates(node: fx.Node) -> bool:
