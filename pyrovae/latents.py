@@ -34,6 +34,8 @@ from pyrovae.store import fresh, isolated
 
 __all__ = ["LatentSpace", "LogJoint"]
 
+_PIECE = 1 << 11  # rows scored at once on a CPU without gradient: larger arrays cost page faults, twice the time
+
 
 class LatentSpace:
     """The latents of a Pyro model, found by running it once.
@@ -245,9 +247,16 @@ class LogJoint:
             return evaluate(self.space.structure, u, args, kwargs, check=check)
 
     def _folded(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples as more rows of the data, `[S, B, D]`."""
+        pieces = 1 if torch.is_grad_enabled() or u.is_cuda else 1 + u.shape[0] * u.shape[1] // _PIECE
+        parts = [self._folded_piece(piece) for piece in u.chunk(pieces)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _folded_piece(self, u: Tensor) -> tuple[Tensor, Tensor]:
         times, size = u.shape[:2]
         if times not in self._repeated:
-            self._repeated.clear()  # one size at a time: copies of the data are large
+            if len(self._repeated) > 1:  # the size of most pieces and that of the last: copies of the data are large
+                self._repeated.clear()
             args, kwargs = self.rows.repeat(times)
             assert self.space.plate is not None
             if read_plate(self.space.model, self.space.plate, args, kwargs).size != times * size:
