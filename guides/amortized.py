@@ -54,7 +54,7 @@ class Amortized(OwnFamily):
         torch.Size([7, 3])
     """
 
-    traits = GuideTraits(name="Amortized", gaussian_sites=True, stratified=True)
+    traits = GuideTraits(name="Amortized", gaussian_sites=True, gaussian_base=True, stratified=True)
     encoder: nn.Module | None
 
     def __init__(

@@ -58,7 +58,7 @@ class LocalSVI(OwnFamily, RefinedGuide):
         ([1.0, -2.0], True)
     """
 
-    traits = GuideTraits(name="LocalSVI", gaussian_sites=True, stratified=True)
+    traits = GuideTraits(name="LocalSVI", gaussian_sites=True, gaussian_base=True, stratified=True)
 
     def __init__(
         self,

@@ -45,5 +45,6 @@ def family_traits(name: str, family: Any) -> GuideTraits:
         name,
         reparameterised=getattr(kind, "reparameterised", True),
         gaussian_sites=getattr(kind, "gaussian", True),
+        gaussian_base=getattr(kind, "gaussian_base", True),
         stratified=True,
     )

@@ -61,7 +61,7 @@ class SemiAmortized(RefinedGuide):
         are not. Batch normalisation in training mode makes rows depend on each other.
     """
 
-    traits = GuideTraits(name="SemiAmortized", gaussian_sites=True, stratified=True)
+    traits = GuideTraits(name="SemiAmortized", gaussian_sites=True, gaussian_base=True, stratified=True)
 
     def __init__(
         self,
@@ -117,6 +117,7 @@ class SemiAmortized(RefinedGuide):
             name="SemiAmortized",
             reparameterised=base.traits.reparameterised,
             gaussian_sites=base.traits.gaussian_sites,
+            gaussian_base=base.traits.gaussian_base,
             stratified=True,
         )
 

@@ -25,6 +25,7 @@ class GuideTraits:
         marginal: it is the density of z itself, not of z together with what a chain drew on the way.
         reparameterised: its whole gradient flows through its draws.
         gaussian_sites: every site's posterior is a Gaussian in closed form.
+        gaussian_base: it is a Gaussian, or a flow from one.
         stratified: offers weighted draws (`Guide.stratified`).
         stages: is built up in stages, each with an objective of its own (`RecursiveMixture.stages`).
         trainable: can be trained itself.
@@ -37,6 +38,7 @@ class GuideTraits:
     marginal: bool = True
     reparameterised: bool = True
     gaussian_sites: bool = False
+    gaussian_base: bool = False
     stratified: bool = False
     stages: bool = False
     trainable: bool = True
@@ -53,7 +55,7 @@ class LossTraits:
     needs_reparameterised: bool = False
     needs_stratified: bool = False
     needs_stages: bool = False
-    needs_gaussian_sites: bool = False
+    needs_gaussian_base: bool = False
 
 
 def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | None:
@@ -94,8 +96,11 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return f"{g.name} offers no stratified draws, which {t.name} needs: use losses.ELBO()"
     if t.needs_stages and not g.stages:
         return f"{g.name} is not built up in stages, which the recursive {t.name} needs: use losses.ELBO()"
-    if t.needs_gaussian_sites and not g.gaussian_sites:
-        return f"{g.name} has no Gaussian per site, which {t.name} needs"
+    if t.needs_gaussian_base and not g.gaussian_base:
+        return (
+            f"{g.name} has no Gaussian of each datum, which {t.name} compares: take guides.Amortized with a Gaussian "
+            "family or a flow"
+        )
     return None
 
 

@@ -31,11 +31,12 @@ class Family(ABC):
         symmetric: whether `sample(lam, -noise)` mirrors `sample(lam, noise)` at the mean (antithetic draws).
         reparameterised: whether the whole gradient flows through the draws.
         gaussian: whether every site's posterior is a Gaussian in closed form.
+        gaussian_base: whether it is a Gaussian, or a flow from one.
     """
 
     symmetric = True
     reparameterised = True
-    gaussian = True
+    gaussian = gaussian_base = True
 
     def __init__(self, dim: int) -> None:
         if dim < 1:
@@ -232,7 +233,7 @@ class LowRankNormal(Family):
 class MixtureOfNormals(Family):
     """Mixture of M diagonal normals. `lam = (logits [M], locs [M * D], log_vars [M * D])`."""
 
-    symmetric = reparameterised = gaussian = False
+    symmetric = reparameterised = gaussian = gaussian_base = False
 
     def __init__(self, dim: int, num_components: int = 2) -> None:
         super().__init__(dim)

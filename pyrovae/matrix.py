@@ -5,6 +5,7 @@ A cell is "yes", or the number of the reason below the table. Registered guides 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,14 +21,18 @@ def matrix() -> str:
 
     Example:
         >>> print(matrix().splitlines()[2])
-        | `Amortized` | yes | yes | yes | yes | yes | no (1) | no (2) |
+        | `Amortized` | yes | yes | yes | no (1) | no (2) | yes |
     """
     registry: dict[str, Any] = losses.REGISTRY
-    columns = {name: make() for name, make in registry.items()}
+    columns: dict[Any, tuple[list[str], Any]] = {}  # losses with the same needs share one
+    for name, make in registry.items():
+        loss = make()
+        columns.setdefault(replace(loss.traits, name=""), ([], loss))[0].append(f"`{name}`")
     reasons: dict[str, int] = {}
-    lines = [_line(["guide", *(f"`{name}`" for name in columns)]), _line(["---"] * (1 + len(columns)))]
+    heads = ["guide", *(", ".join(names) for names, _ in columns.values())]
+    lines = [_line(heads), _line(["---"] * len(heads))]
     for name, guide in _rows().items():
-        cells = [_cell(compatible(guide=guide, loss=loss), guide, reasons) for loss in columns.values()]
+        cells = [_cell(compatible(guide=guide, loss=loss), guide, reasons) for _, loss in columns.values()]
         lines.append(_line([f"`{name}`", *cells]))
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([*lines, "", *notes])

@@ -278,6 +278,8 @@ class _Run:
                 )
         ckpt.restore_modules(self.model, self.guide, content["state"])
         ckpt.restore_optimizer(self.optimizer, self.model, self.guide, content["optimizer"])
+        if hasattr(self.loss, "load_state_dict"):
+            self.loss.load_state_dict(content["loss"])
         ckpt.restore_rng(content["rng"])
         self.at = _Progress(**{**content["at"], "validation": [tuple(item) for item in content["at"]["validation"]]})
 
@@ -288,6 +290,7 @@ class _Run:
             "identity": identity, "at": at, "rng": ckpt.rng_state(),
             "state": ckpt.snapshot_modules(self.model, self.guide),
             "optimizer": ckpt.snapshot_optimizer(self.optimizer, self.model, self.guide),
+            "loss": self.loss.state_dict() if hasattr(self.loss, "state_dict") else {},
         })  # fmt: skip
 
     def loop(
