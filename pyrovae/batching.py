@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from pyrovae.errors import BatchError
 
-__all__ = ["Batched", "RowArguments", "Shared"]
+__all__ = ["Batched", "RowArguments", "Shared", "check_finite", "decided"]
 
 Batched = Literal["auto"] | Sequence[str | int]
 
@@ -37,9 +38,13 @@ class RowArguments:
         size: rows in the data plate, B.
         batched: `"auto"` takes every tensor, nested ones too, whose first dimension is B; otherwise the names
             (keywords) and positions of the arguments that carry rows.
+        carries: which leaves do, where that is known: of some rows alone a shared tensor may have B rows by chance.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, batched: Batched = "auto") -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, batched: Batched = "auto",
+        carries: tuple[bool, ...] | None = None,
+    ) -> None:  # fmt: skip
         self.args, self.kwargs, self.size = args, kwargs, size
         self._batched = batched
         leaves = pytree.tree_flatten((args, kwargs))[0]
@@ -48,37 +53,88 @@ class RowArguments:
             for key in batched:
                 if (isinstance(key, int) and key >= len(args)) or (isinstance(key, str) and key not in kwargs):
                     raise BatchError(f"batched names the argument {key!r}, which this call does not have")
+        known = _remembered(args, kwargs, size) if batched == "auto" else None
+        self.carries = carries or known or tuple(c for _, c in self._leaves())
+
+    def _leaves(self) -> Iterator[tuple[str | int, bool]]:
+        """Of every leaf the argument it belongs to, and whether it looks like rows."""
+        items: list[tuple[str | int, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        for key, value in items:
+            taken = self._batched == "auto" or key in self._batched
+            for leaf in pytree.tree_flatten(value, is_leaf=_is_shared)[0]:
+                yield key, taken and _has_rows(leaf, self.size)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        carries = iter(self.carries)
+
         def leaf(value: Any) -> Any:
-            carries = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.size
-            return change(value) if carries else value
+            return change(value) if next(carries) else value
 
-        def chosen(key: str | int, value: Any) -> Any:
-            taken = self._batched == "auto" or key in self._batched
-            return pytree.tree_map(leaf, value, is_leaf=_is_shared) if taken else value
-
-        args = tuple(chosen(position, value) for position, value in enumerate(self.args))
-        return args, {name: chosen(name, value) for name, value in self.kwargs.items()}
+        args = tuple(pytree.tree_map(leaf, value, is_leaf=_is_shared) for value in self.args)
+        return args, {key: pytree.tree_map(leaf, value, is_leaf=_is_shared) for key, value in self.kwargs.items()}
 
     def repeat(self, times: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Every row `times` times, whole batch after whole batch (pairs with `.view(times, B)`)."""
         return self._map(lambda value: value.repeat(times, *[1] * (value.dim() - 1)))
 
+    def repeated(self, times: int) -> RowArguments:
+        """`repeat`, with what carries rows known."""
+        return RowArguments(*self.repeat(times), self.size * times, self._batched, self.carries)
+
     def rows(self, index: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of some of the rows."""
         return self._map(lambda value: value[index])
 
+    def select(self, index: slice | Tensor) -> RowArguments:
+        """`rows`, with what carries rows known."""
+        size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
+        return RowArguments(*self.rows(index), size, self._batched, self.carries)
+
+    def with_values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowArguments:
+        """Other arguments of the same nesting and sizes."""
+        return RowArguments(args, kwargs, self.size, self._batched, self.carries)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that carry rows."""
+        found: list[Tensor] = []
+        self._map(lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+        return found
+
     def names(self) -> list[str]:
         """Which arguments were taken to carry rows, for messages."""
-        found: list[str] = []
-        for key, value in [*enumerate(self.args), *self.kwargs.items()]:
-            if self._batched != "auto" and key not in self._batched:
-                continue
-            leaves = pytree.tree_flatten(value, is_leaf=_is_shared)[0]
-            if any(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.size for leaf in leaves):
-                found.append(f"argument {key}" if isinstance(key, int) else repr(key))
-        return found
+        keys = dict.fromkeys(key for (key, _), carries in zip(self._leaves(), self.carries, strict=True) if carries)
+        return [f"argument {key}" if isinstance(key, int) else repr(key) for key in keys]
+
+
+_decided: list[tuple[Any, tuple[bool, ...]]] = []
+
+
+@contextmanager
+def decided(rows: RowArguments) -> Iterator[None]:
+    """Inside, calls with the arguments of some of these rows take the same tensors for rows.
+
+    What a call of all rows shows, one of some may not: a shared tensor can be as long as a chunk.
+    """
+    _decided.append((pytree.tree_structure((rows.args, rows.kwargs), is_leaf=_is_shared), rows.carries))
+    try:
+        yield
+    finally:
+        _decided.pop()
+
+
+def _remembered(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[bool, ...] | None:
+    """What `decided` says of these arguments, where they can be some of its rows."""
+    if not _decided:
+        return None
+    structure, carries = _decided[-1]
+    leaves, found = pytree.tree_flatten((args, kwargs), is_leaf=_is_shared)
+    if found != structure or not all(_has_rows(v, size) for v, c in zip(leaves, carries, strict=True) if c):
+        return None
+    return carries
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
 
 
 def _is_shared(value: Any) -> bool:

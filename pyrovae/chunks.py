@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import noise, store
-from pyrovae.batching import Batched, RowArguments
+from pyrovae.batching import Batched, RowArguments, decided
 from pyrovae.finished import Finished
 from pyrovae.plates import read_plate
 from pyrovae.runtime import evaluating, preserve_rng
@@ -52,8 +52,13 @@ def per_chunk(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     with torch.no_grad(), preserve_rng(), evaluating(*programs), store.isolated():
         if plate is None:
-            with noise.per_datum(seed, [0]):
-                return function(*beside, *args, **kwargs)
+            whole = Finished(resume, programs, (beside, args, kwargs), {**(settings or {}), "seed": seed})
+            known = whole.get("program")
+            if known is None:
+                with noise.per_datum(seed, [0]):
+                    known = {"values": function(*beside, *args, **kwargs)}
+                whole.put("program", known)
+            return known["values"]
         size = read_plate(programs[0], plate, args, kwargs).size
         rows = RowArguments(args, kwargs, size, batched)
         indices = range(size) if indices is None else indices
@@ -75,7 +80,7 @@ def per_chunk(
             known = done.get(name)
             if known is None:
                 some_args, some_kwargs = rows.rows(slice(start, stop)) if chunk < size else (args, kwargs)
-                with noise.per_datum(seed, indices[start:stop]):
+                with noise.per_datum(seed, indices[start:stop]), decided(rows):
                     some_beside = (tensor[start:stop] for tensor in beside)
                     known = {"values": function(*some_beside, *some_args, **some_kwargs)}
                 done.put(name, known)

@@ -1,6 +1,6 @@
 """Finished parts of a long evaluation, kept in a folder so that a run that was stopped goes on where it was.
 
-One file a part, written whole or not at all. Each carries the identity of its run: weights, data and settings. Parts
+One file a part, written whole or not at all. Each carries the identity of its run: programs, data and settings. Parts
 of another run are refused, never overwritten.
 """
 
@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from pyrovae import checkpoint
 from pyrovae.errors import CheckpointError
+from pyrovae.identity import program_identity
 from pyrovae.provenance import fingerprint
-from pyrovae.runtime import modules_of
 
 __all__ = ["Finished"]
 
@@ -27,7 +27,7 @@ class Finished:
 
     Args:
         folder: where they lie; None keeps nothing.
-        programs: model and guide; their parameters and buffers count.
+        programs: model and guide (`pyrovae.identity`).
         call: arguments of the evaluation, tensors in any nesting.
         settings: everything else the numbers depend on, with a `repr` that says it.
     """
@@ -49,8 +49,8 @@ class Finished:
         content = checkpoint.load(path)
         if content.get("identity") != self.identity:
             raise CheckpointError(
-                f"{path} belongs to a run with other weights, data or settings: pass another folder, or remove this "
-                "one to start afresh"
+                f"{path} belongs to a run with another model, other weights, data or settings: pass another folder, or "
+                "remove this one to start afresh"
             )
         part: dict[str, Any] = content["part"]
         return part
@@ -66,11 +66,7 @@ class Finished:
 
 
 def _identity(programs: Sequence[Any], call: Any, settings: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for module in modules_of(*programs):
-        state = sorted(module.state_dict().items())
-        digest.update(repr([name for name, _ in state]).encode())
-        digest.update(fingerprint([value for _, value in state if isinstance(value, Tensor)]).encode())
+    digest = hashlib.sha256(program_identity(*programs).encode())
     leaves = pytree.tree_flatten(call)[0]
     digest.update(fingerprint([leaf for leaf in leaves if isinstance(leaf, Tensor)]).encode())
     digest.update(repr([leaf for leaf in leaves if not isinstance(leaf, Tensor)]).encode())

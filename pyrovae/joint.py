@@ -317,6 +317,5 @@ def prior_draw(structure: Structure, rows: RowArguments, num_samples: int, *, fo
                 torch.manual_seed(seed)
                 if structure.plate is None or not foldable:
                     return draw(rows, num_samples)
-                args, kwargs = rows.rows(slice(row, row + 1))
-                parts.append(draw(RowArguments(args, kwargs, 1, rows._batched), num_samples))
+                parts.append(draw(rows.select(slice(row, row + 1)), num_samples))
         return torch.cat(parts, dim=1)

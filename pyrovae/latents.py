@@ -112,7 +112,7 @@ class LatentSpace:
         plate = self.read_plate(*args, **kwargs)
         rows = RowArguments(args, kwargs, 1 if plate is None else plate.size, self.batched)
         bound = LogJoint(self, rows)
-        key = (rows.size, rows.shapes)
+        key = (rows.size, rows.shapes, rows.carries)
         if plate is not None and key not in self._foldable:
             with preserve_rng(), torch.no_grad(), evaluating(self.model):
                 self._foldable[key] = self._check_rows(bound)
@@ -184,13 +184,13 @@ class LatentSpace:
                 raise BatchError(f"the model does not run on its one row repeated {causes}") from error
         else:
             half = (size + 1) // 2
-            args, kwargs = rows.rows(slice(0, half))
-            plate = self.read_plate(*args, **kwargs)
+            first = rows.select(slice(0, half))
+            plate = self.read_plate(*first.args, **first.kwargs)
             assert plate is not None
             if plate.size != half:  # a plate of fixed size
                 return False
             try:
-                part = LogJoint(self, RowArguments(args, kwargs, half, self.batched))(u[0, :half])
+                part = LogJoint(self, first)(u[0, :half])
             except (RuntimeError, ValueError, IndexError) as error:
                 raise BatchError(f"the model does not run on the first {half} of {size} rows alone {causes}") from error
             expected = whole[:half]

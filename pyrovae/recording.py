@@ -293,6 +293,6 @@ def _flatten(rows: RowArguments) -> tuple[list[Tensor], Callable[[Sequence[Tenso
         for index, tensor in zip(where, tensors, strict=True):
             new[index] = tensor
         args, kwargs = pytree.tree_unflatten(new, tree)
-        return RowArguments(args, kwargs, rows.size, rows._batched)
+        return rows.with_values(args, kwargs)
 
-    return [leaves[index] for index in where], rebuild, (*rest, rows.size, str(rows._batched))
+    return [leaves[index] for index in where], rebuild, (*rest, rows.size, rows.carries)

@@ -104,7 +104,8 @@ def test_the_bracket_of_ppca_closes():
     assert (found.lower.values - 4 * found.lower.se - 0.1 < truth).all()
     assert (found.upper.values + 4 * found.upper.se + 0.1 > truth).all()
     iwae, ais = found.candidates
-    assert torch.equal(found.lower.values, torch.maximum(iwae.values, ais.values))
+    assert (found.lower.values <= torch.maximum(iwae.values, ais.values) + 1e-9).all()
+    assert found.lower.mean > ais.mean - 0.2
     assert "width" in repr(found)
     assert "upper bound" in found._repr_html_()
 
@@ -277,3 +278,114 @@ def test_bad_input_is_refused():
 
     with pytest.raises(LatentError, match="tempers the likelihood"):
         evidence.ais(enumerated, torch.zeros(2))
+
+
+def test_two_chains_are_unbiased():
+    """What is tuned is tuned on other chains: E[w] = p(x) with two chains and four temperatures, over 4,000 equal data.
+
+    Tuned on their own starts they were 3 % too large here, eight standard errors.
+    """
+    x = torch.full((4000,), 0.3, dtype=torch.double)
+    found = evidence.ais(normal, x, num_chains=2, num_temperatures=4)
+    ratio = (found.values - EVIDENCE[0]).exp()
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / 4000**0.5
+
+
+class Prior(nn.Module):
+    """The prior for every datum, as (loc, log-variance)."""
+
+    def forward(self, x):
+        return torch.zeros(len(x), 2, dtype=x.dtype)
+
+
+def test_the_better_of_two_noisy_bounds_is_a_bound():
+    """The larger of two is not: the mean over 1,500 equal data of each is below log p(x), of their maximum above."""
+    x = torch.full((1500,), 0.3, dtype=torch.double)
+    found = evidence.bracket(normal, guides.Amortized(normal, Prior()), x, num_samples=16, num_chains=8,
+                             num_temperatures=4)  # fmt: skip
+    off = found.lower.values - EVIDENCE[0]
+    largest = torch.stack([c.values for c in found.candidates]).amax(0) - EVIDENCE[0]
+    assert float(off.mean()) < 3 * float(off.std()) / 1500**0.5
+    assert float(largest.mean()) > 5 * float(largest.std()) / 1500**0.5
+
+
+def test_brackets_resume(tmp_path):
+    vae, x = small_vae()
+    guide = guides.Amortized(vae, nn.Linear(9, 4))
+    options = {"num_samples": 20, "num_chains": 4, "num_temperatures": 8, "reference": None}
+    plain = evidence.bracket(vae, guide, x, **options)
+    for _ in range(2):
+        again = evidence.bracket(vae, guide, x, resume=tmp_path / "b", **options)
+        assert torch.equal(again.lower.values, plain.lower.values)
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"importance", "forward"}
+    first = evidence.bdmc(vae, x, num_chains=4, num_temperatures=8, resume=tmp_path / "s")
+    second = evidence.bdmc(vae, x, num_chains=4, num_temperatures=8, resume=tmp_path / "s")
+    assert torch.equal(first.upper.values, second.upper.values)
+    with pytest.raises(ValueError, match="pass resume to this function"):
+        evidence.bdmc(vae, x, annealing={"resume": tmp_path})
+
+
+def test_the_whole_program_is_kept_too(tmp_path):
+    model = problems.eight_schools()
+    found = evidence.ais(model, num_chains=4, num_temperatures=8, plate=None, resume=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["program.pt"]
+    again = evidence.ais(model, num_chains=4, num_temperatures=8, plate=None, resume=tmp_path)
+    assert torch.equal(found.values, again.values)
+
+
+def scaled(scale):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    return model
+
+
+def learned(x):
+    scale = pyro.param("observation_scale", torch.tensor(0.5, dtype=torch.double))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+def test_parts_of_another_program_are_refused(tmp_path):
+    """Other numbers in a closure, another bare parameter; the same program written twice goes on."""
+    options = {"num_chains": 4, "num_temperatures": 8}
+    evidence.ais(scaled(0.5), X, resume=tmp_path / "a", **options)
+    evidence.ais(scaled(0.5), X, resume=tmp_path / "a", **options)
+    with pytest.raises(CheckpointError, match="another model"):
+        evidence.ais(scaled(3.0), X, resume=tmp_path / "a", **options)
+    with pyro.get_param_store().scope():
+        evidence.ais(learned, X, resume=tmp_path / "b", **options)
+        learned(X)
+        evidence.ais(learned, X, resume=tmp_path / "c", **options)
+        pyro.get_param_store()["observation_scale"] = torch.tensor(3.0, dtype=torch.double)
+        with pytest.raises(CheckpointError, match="another model"):
+            evidence.ais(learned, X, resume=tmp_path / "c", **options)
+
+
+def weighted(x, weights):
+    """Weights that all data share: z enters with their sum."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        pyro.sample("x", dist.Normal(z * weights.sum(), 0.5), obs=x)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 4])
+def test_a_shared_tensor_as_long_as_a_chunk_is_no_data(chunk):
+    x, weights = torch.linspace(-2, 2, 7).double(), torch.tensor([0.2, 0.3, 0.5]).double()
+    whole = evidence.ais(weighted, x, weights, num_chains=64, num_temperatures=20)
+    found = evidence.ais(weighted, x, weights, num_chains=64, num_temperatures=20, chunk=chunk)
+    truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x)
+    for estimate in (whole, found):
+        assert ((estimate.values - truth).abs() < 4 * estimate.se + 1e-3).all()
+    guide = guides.Amortized(weighted, Prior(), encoder_input=lambda x, weights: x)
+    weights_of = [evidence.log_weights(weighted, guide, x, weights, num_samples=8, chunk=c) for c in (7, chunk)]
+    torch.testing.assert_close(weights_of[0], weights_of[1])
+
+
+def test_an_encoder_called_posterior_is_not_taken_for_the_exact_one():
+    vae, x = small_vae()
+    vae.posterior = lambda x: dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
+    assert evidence.bracket(vae, None, x, num_chains=4, num_temperatures=8).upper is None

@@ -12,7 +12,7 @@ import torch
 from bench import problems
 from torch import nn
 
-from pyrovae import guides, models, reference
+from pyrovae import evidence, guides, models, reference
 from pyrovae.certification.problems import PROBLEMS
 from pyrovae.certification.schools import posterior
 from pyrovae.errors import CheckpointError, IncompatibleError, ReferenceRefused, ScaleError
@@ -311,3 +311,61 @@ def test_other_refusals():
     guide = guides.Amortized(other, nn.Linear(9, 4))
     with pytest.raises(IncompatibleError):
         hmc(vae, x, init=guide)
+
+
+def test_shared_tensors_as_long_as_a_subset_are_no_data():
+    """Chunks, and data that go on alone: three weights all data share, z ~ N(0, 1), x | z ~ N(z sum(w), 0.5^2)."""
+
+    def model(x, w):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+            pyro.sample("x", dist.Normal(z * w.sum(), 0.5), obs=x)
+
+    x, w = torch.linspace(-1, 1, 7).double(), torch.tensor([0.2, 0.3, 0.5]).double()
+    for chunk in (None, 3, 2):
+        found = hmc(model, x, w, chunk=chunk, target_ess=1000)
+        se = found.sd / found.ess.sqrt().unsqueeze(1)
+        assert ((found.mean[:, 0] - 0.8 * x).abs() < 4 * se[:, 0]).all()
+
+    def two_modes(x, w):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+            pyro.sample("x", dist.Normal(z**2 * w.sum(), 0.5), obs=x)
+
+    x, w = torch.tensor([0.0, 0.6, 0.0, 0.6, 0.2]).double(), torch.tensor([0.5, 0.25, 0.25]).double()
+    for weights in (w, torch.tensor([0.5, 0.5]).double()):
+        found = hmc(two_modes, x, weights)
+        exact = reference.exact(two_modes, x, weights)
+        assert found.usable.all()
+        torch.testing.assert_close(found.sd, exact.sd, rtol=0.08, atol=0.0)
+
+
+def test_a_reference_belongs_to_its_model_and_weights():
+    model, x = small_vae()
+    guide = guides.Amortized(model, nn.Linear(9, 4))
+    found = hmc(model, x, target_ess=400)
+    reference.compare(guide, found, x)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    with pytest.raises(ValueError, match="before these weights"):
+        reference.compare(guide, found, x)
+    with pytest.raises(ValueError, match="before these weights"):
+        evidence.bracket(model, guide, x, reference=found, num_samples=10, num_chains=4, num_temperatures=4)
+
+
+def test_a_target_below_400_is_enough():
+    x, scale = torch.linspace(-1, 1, 5), torch.full((5,), 0.5)
+    found = hmc(normal, x, scale, target_ess=100)
+    assert found.usable.all()
+
+
+def test_nuts_judges_its_divergences():
+    def funnel(x):
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(torch.zeros(()), 3.0))
+            z = pyro.sample("z", dist.Normal(0.0, (v / 2).exp()))
+            pyro.sample("x", dist.Normal(z, 10.0), obs=x)
+
+    found = reference.nuts(funnel, torch.zeros(1), num_chains=2, num_samples=300, warmup=300, progress=False)
+    assert found.divergences > 1
+    assert not found.usable.any()

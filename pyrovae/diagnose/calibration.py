@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyrovae import noise, store
+from pyrovae.batching import RowArguments, decided
 from pyrovae.chunks import per_chunk
 from pyrovae.errors import BatchError, IncompatibleError
 from pyrovae.latents import LatentSpace
@@ -38,6 +38,7 @@ from pyrovae.simulate import simulate
 
 __all__ = ["Calibration", "calibrate"]
 
+_ASIDE = 2.0  # residual standard deviations
 _BINS = 20
 _ERRORS = 4.0  # standard errors from which the words name a shape
 
@@ -170,14 +171,15 @@ def calibrate(
         )
     with seeded(noise.mix(seed, -3)), evaluating(model), store.isolated():
         space = LatentSpace(model, *args, plate=guide.plate, batched=guide.batched, **kwargs)
-        u, some_args, some_kwargs, features = _simulated(space, args, kwargs, num_data, observes)
-        other, _, _, other_features = _simulated(space, args, kwargs, num_data, observes)
+        u, rows, features = _simulated(space, args, kwargs, num_data, observes)
+        other, _, other_features = _simulated(space, args, kwargs, num_data, observes)
         reference = _reference_points(other, other_features, features)
         jitter = torch.rand(num_data, dtype=torch.double)
-    draws = per_chunk(
-        lambda *a, **k: guide.draws(num_draws, *a, **k), (model, guide), some_args, some_kwargs, plate=guide.plate,
-        batched=guide.batched, seed=seed, chunk=chunk, progress=progress,
-    ).double().cpu()  # fmt: skip
+    with decided(rows):
+        draws = per_chunk(
+            lambda *a, **k: guide.draws(num_draws, *a, **k), (model, guide), rows.args, rows.kwargs, plate=guide.plate,
+            batched=guide.batched, seed=seed, chunk=chunk, progress=progress,
+        ).double().cpu()  # fmt: skip
     if not draws.isfinite().all():
         raise ValueError("the guide drew values that are not finite: train it first, or take smaller steps")
     ranks = (draws < u).sum(0)
@@ -195,7 +197,7 @@ def calibrate(
 def _simulated(
     space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any], number: int,
     observes: Mapping[str, int | str] | None,
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any], Tensor]:  # fmt: skip
+) -> tuple[Tensor, RowArguments, Tensor]:  # fmt: skip
     """N data: their latents `[N, D]`, the arguments, and everything in them that has one row a datum, `[N, F]`."""
     rows = space.bind(*args, **kwargs)
     if not rows.foldable:
@@ -204,23 +206,18 @@ def _simulated(
             "let the plate's size follow the data"
         )
     times = -(-number // rows.rows.size)
-    many = space.bind(*args, **kwargs).at_rows(_sized(rows.rows, times)).rows
+    many = rows.rows.repeated(times)
     u, new_args, new_kwargs = simulate(space, many.args, many.kwargs, observes)
-    taken = type(many)(new_args, new_kwargs, many.size, many._batched)
-    some_args, some_kwargs = taken.rows(slice(0, number))
-    leaves = pytree.tree_flatten((some_args, some_kwargs))[0]
-    batched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == number]
-    features = torch.cat([leaf.reshape(number, -1).double().cpu() for leaf in batched], dim=1)
-    return u[:number].double().cpu(), some_args, some_kwargs, features
-
-
-def _sized(rows: Any, times: int) -> Any:
-    args, kwargs = rows.repeat(times)
-    return type(rows)(args, kwargs, rows.size * times, rows._batched)
+    taken = many.with_values(new_args, new_kwargs).select(slice(0, number))
+    features = torch.cat([leaf.reshape(number, -1).double().cpu() for leaf in taken.tensors()], dim=1)
+    return u[:number].double().cpu(), taken, features
 
 
 def _reference_points(u: Tensor, seen: Tensor, features: Tensor) -> Tensor:
-    """Ridge regression of u on features, evaluated at others, with noise of the residual's size; `[N, D]`."""
+    """Ridge regression of u on features, evaluated at others, with noise of the residual's size; `[N, D]`.
+
+    All lie to one side of the posteriors: around a point in the middle a mean that is off changes few distances.
+    """
     mean, sd = seen.mean(0), seen.std(0)
     keep = sd > 1e-8 * (1 + mean.abs())
     x, new = ((value[:, keep] - mean[keep]) / sd[keep] for value in (seen, features))
@@ -232,7 +229,8 @@ def _reference_points(u: Tensor, seen: Tensor, features: Tensor) -> Tensor:
     else:
         weight = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(number, dtype=x.dtype), u - centre)
     residual = (u - centre - x @ weight).std(0)
-    return centre + new @ weight + residual * torch.randn(len(new), u.shape[1], dtype=u.dtype)
+    aside = _ASIDE / math.sqrt(u.shape[1])
+    return centre + new @ weight + residual * (aside + torch.randn(len(new), u.shape[1], dtype=u.dtype))
 
 
 def _distance(u: Tensor, reference: Tensor, sd: Tensor) -> Tensor:

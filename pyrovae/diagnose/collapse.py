@@ -27,6 +27,8 @@ from torch import Tensor
 from pyrovae.chunks import per_chunk
 from pyrovae.errors import NoDensityError
 from pyrovae.losses.base import require_pair
+from pyrovae.runtime import evaluating, preserve_rng
+from pyrovae.store import isolated
 
 __all__ = ["Information", "information"]
 
@@ -105,14 +107,16 @@ def information(
     noise = u.var(0).mean(0) / num_samples
     return Information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(num_samples),
-        mutual_information=_mutual_information(guide, u[:10], args, kwargs), cap=math.log(u.shape[1]),
+        mutual_information=_mutual_information(model, guide, u[:10], args, kwargs), cap=math.log(u.shape[1]),
         mean_variance=(between - noise).clamp_min(0),
     )  # fmt: skip
 
 
-def _mutual_information(guide: Any, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+def _mutual_information(
+    model: Any, guide: Any, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float | None:
     """From draws `[S, N, D]`, all N posteriors at each."""
-    with torch.no_grad():
+    with torch.no_grad(), preserve_rng(), evaluating(model, guide), isolated():
         try:
             q = guide.posterior(*args, **kwargs)
         except NoDensityError:  # a chain: its density lives on a larger space
@@ -122,9 +126,10 @@ def _mutual_information(guide: Any, u: Tensor, args: tuple[Any, ...], kwargs: di
         like = guide.space(*args, **kwargs)
         points = u.to(like.dtype).to(like.device).flatten(0, 1).unsqueeze(1)  # [S N, 1, D]
         number = u.shape[1]
-        rows = [
-            q.log_prob(block.expand(-1, number, -1)).double() for block in points.split(max(1, _BLOCK // number))
-        ]
-    densities = torch.cat(rows).view(len(u), number, number)
-    own = densities.diagonal(dim1=1, dim2=2)
-    return float((own - torch.logsumexp(densities, -1) + math.log(number)).mean())
+        own = torch.arange(number, device=points.device).repeat(len(u))  # which posterior each point is a draw of
+        total, block = 0.0, max(1, _BLOCK // number)
+        for some, its in zip(points.split(block), own.split(block), strict=True):
+            densities = q.log_prob(some.expand(-1, number, -1)).double()
+            mine = densities.gather(1, its.unsqueeze(1))[:, 0]
+            total += float((mine - torch.logsumexp(densities, -1)).sum())
+    return total / len(own) + math.log(number)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyrovae.batching import RowArguments
+from pyrovae.batching import RowArguments, decided
 from pyrovae.diagnose.calibration import Calibration, calibrate
 from pyrovae.diagnose.collapse import Information, information
 from pyrovae.diagnose.gaps import Gaps, gaps
@@ -39,6 +39,7 @@ __all__ = ["Report", "report"]
 
 _GOOD, _BAD = 0.5, 0.7  # of k-hat
 _NATS, _ERRORS, _BLAME = 0.05, 3.0, 2.0
+_ALONE = 0.5  # of the sum over data: one of them is the trouble
 _OFF = 0.5  # reference standard deviations
 
 
@@ -106,10 +107,17 @@ class Report:
         total, family, encoder = g.inference, g.approximation, g.amortization
         at_least = "" if g.log_evidence.kind == "exact" else "at least "
         lost = f"{at_least}{total.mean:.2f} ± {total.mean_se:.2f} nats per datum"
-        if not total.mean > _ERRORS * total.mean_se:
+        # Its own error: the spread over data, which mean_se has, says nothing of what was measured on these.
+        error = float(total.se.square().sum().sqrt()) / len(total.se)
+        if not total.mean > _ERRORS * error:
             return [f"The guide loses nothing that can be measured on {len(g.status)} data ({lost})."]
         if not total.mean > _NATS:
             return [f"The guide loses little on {len(g.status)} data ({lost})."]
+        largest, share = int(total.values.argmax()), float(total.values.max() / total.values.sum())
+        alone = (
+            f" Datum {largest} alone loses {float(total.values[largest]):.2f} nats, {share:.0%} of the sum."
+            if share > _ALONE and len(g.status) > 2 else ""
+        )  # fmt: skip
         fault = "training" if self.joint else "encoder"
         if encoder.mean > _BLAME * family.mean:
             words = f"The {fault}, not the family, loses {_part(encoder, total)} nats"
@@ -122,7 +130,7 @@ class Report:
         else:
             words = f"Family and {fault} lose {family.mean:.2f} and {encoder.mean:.2f} of {total.mean:.2f} nats"
             advice = f"A richer family and {'longer training' if self.joint else 'refined posteriors'} would both help."
-        found = [f"{words} ({lost}, {len(g.status)} data). {advice}"]
+        found = [f"{words} ({lost}, {len(g.status)} data). {advice}{alone}"]
         if g.flagged.any():
             found.append(
                 f"For {int(g.flagged.sum())} of {len(g.status)} data the best member of the family was not reached: "
@@ -265,38 +273,39 @@ def report(
             number = read_plate(model, guide.plate, args, kwargs).size
     provenance = Provenance.of_call(args, kwargs, num_data=number, seed=seed, num_samples=num_samples)
 
+    rows = RowArguments(args, kwargs, number, guide.batched)
+
     def first(count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if guide.plate is None or count >= number:
-            return args, kwargs
-        return RowArguments(args, kwargs, number, guide.batched).rows(slice(0, count))
+        return (args, kwargs) if guide.plate is None or count >= number else rows.rows(slice(0, count))
 
     elbo = iwae = khat = ess = known = split = None
-    if dense:
-        weights = log_weights(
-            model, guide, *args, num_samples=num_samples, seed=seed, progress="importance draws" if progress else None,
-            **kwargs,
-        )  # fmt: skip
-        elbo, iwae = summarize(weights, provenance)
-        khat = pareto_khat(weights)
-        ess = (2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0)).exp() / num_samples
-        known = information(model, guide, *args, seed=seed, **kwargs)
-        if num_gaps:
-            some, named = first(num_gaps)
-            split = gaps(
-                model, guide, *some, seed=seed, progress="local inference" if progress else None, **named
+    with decided(rows):
+        if dense:
+            weights = log_weights(
+                model, guide, *args, num_samples=num_samples, seed=seed,
+                progress="importance draws" if progress else None, **kwargs,
             )  # fmt: skip
-    comparison = None
-    if num_reference or reference is not None:
-        some, named = first(len(reference.status) if reference is not None else num_reference)
-        if reference is None:
-            reference = hmc(
-                model, *some, plate=guide.plate, batched=guide.batched, seed=seed, progress=progress, **named
-            )  # fmt: skip
-        if reference.usable.any():
-            comparison = compare(guide, reference, *some, num_samples=1000, seed=seed, **named)
-    calibration = None
-    if num_simulated:
-        calibration = calibrate(model, guide, *args, num_data=num_simulated, seed=seed, **kwargs)
+            elbo, iwae = summarize(weights, provenance)
+            khat = pareto_khat(weights)
+            ess = (2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0)).exp() / num_samples
+            known = information(model, guide, *args, seed=seed, **kwargs)
+            if num_gaps:
+                some, named = first(num_gaps)
+                split = gaps(
+                    model, guide, *some, seed=seed, progress="local inference" if progress else None, **named
+                )  # fmt: skip
+        comparison = None
+        if num_reference or reference is not None:
+            some, named = first(len(reference.status) if reference is not None else num_reference)
+            if reference is None:
+                reference = hmc(
+                    model, *some, plate=guide.plate, batched=guide.batched, seed=seed, progress=progress, **named
+                )  # fmt: skip
+            if reference.usable.any():
+                comparison = compare(guide, reference, *some, num_samples=1000, seed=seed, **named)
+        calibration = None
+        if num_simulated:
+            calibration = calibrate(model, guide, *args, num_data=num_simulated, seed=seed, **kwargs)
     return Report(
         guide.traits.name, guide.plate is None, number, elbo, iwae, khat, ess, split, known, reference, comparison,
         calibration, provenance, time.perf_counter() - began,

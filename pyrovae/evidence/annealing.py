@@ -40,7 +40,7 @@ from pyrovae.samplers.mass import Mass
 from pyrovae.samplers.state import State
 from pyrovae.slopes import Parts, Tempered, tempered
 
-__all__ = ["Schedule", "ais", "reverse_ais", "temperatures"]
+__all__ = ["Schedule", "ais", "annealed", "reverse_ais", "temperatures"]
 
 Schedule = Literal["linear", "sigmoid"]
 
@@ -89,7 +89,7 @@ def ais(model: Callable[..., Any], *args: Any, **options: Any) -> Estimate:
         LatentError: discrete latents are summed out, which leaves no likelihood to temper.
         ScaleError: a KL weight or scale is in force.
     """
-    return _annealed(model, None, args, **options)
+    return annealed(model, None, args, **options)[0]
 
 
 def reverse_ais(model: Callable[..., Any], posterior: Tensor, *args: Any, **options: Any) -> Estimate:
@@ -100,10 +100,10 @@ def reverse_ais(model: Callable[..., Any], posterior: Tensor, *args: Any, **opti
             one draw may be repeated C times.
         Others as in `ais`.
     """
-    return _annealed(model, posterior, args, **options)
+    return annealed(model, posterior, args, **options)[0]
 
 
-def _annealed(
+def annealed(
     model: Callable[..., Any],
     posterior: Tensor | None,
     args: tuple[Any, ...],
@@ -120,7 +120,8 @@ def _annealed(
     progress: str | None = None,
     resume: str | Path | None = None,
     **kwargs: Any,
-) -> Estimate:
+) -> tuple[Estimate, Tensor]:
+    """The bound, and its log-weights `[C, B]`; from below without `posterior`, else from above."""
     if num_chains < 2 or num_leapfrog < 1:
         raise ValueError("annealing needs num_chains >= 2 and num_leapfrog >= 1")
     betas = temperatures(num_temperatures, schedule)
@@ -148,7 +149,8 @@ def _annealed(
         generator = torch.Generator(space.device).manual_seed(noise.row_seeds()[0])
         start = space.prior(num_chains, *some, **named)
         target = tempered(bound, start)
-        path = _pilot(target, start, betas, num_leapfrog, generator)
+        # Draws of its own: what a chain's steps and masses are must not depend on where it starts.
+        path = _pilot(target, space.prior(num_chains, *some, **named), betas, num_leapfrog, generator)
         if ends is None:
             return _anneal(target, start, betas, path, num_leapfrog, generator)
         return _anneal(target, ends.contiguous(), betas.flip(0), path, num_leapfrog, generator)
@@ -164,8 +166,8 @@ def _annealed(
     inverse_ess = torch.exp(torch.logsumexp(2 * weights, 0) - 2 * torch.logsumexp(weights, 0))
     se = (inverse_ess - 1 / num_chains).clamp_min(0).sqrt()
     if posterior is None:
-        return Estimate(f"AIS-{num_temperatures}", LOWER, mean, se, num_chains, provenance)
-    return Estimate(f"reverse AIS-{num_temperatures}", UPPER, -mean, se, num_chains, provenance)
+        return Estimate(f"AIS-{num_temperatures}", LOWER, mean, se, num_chains, provenance), weights
+    return Estimate(f"reverse AIS-{num_temperatures}", UPPER, -mean, se, num_chains, provenance), weights
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,9 @@ def _pilot(target: Tempered, u: Tensor, betas: Tensor, steps: int, generator: to
 
 
 def _jitter(steps: int, generator: torch.Generator) -> int:
-    """Uniform from half to one and a half of `steps`: a fixed length can be a period of the chain."""
-    low, high = max(1, steps // 2), steps + steps // 2
+    """Uniform around `steps`, from half of it to one and a half: a fixed length can be a period of the chain."""
+    low = max(1, -(-steps // 2))
+    high = 2 * steps - low
     return int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
 
 

@@ -124,7 +124,7 @@ def compare(
             f"{float(reference.rhat.max()):.2f}), so it cannot judge a guide: run more or longer chains, or use "
             "reference.exact"
         )
-    reference.require(args, kwargs)
+    reference.require(guide.model, args, kwargs)
     draws = per_chunk(
         lambda *a, **k: guide.draws(num_samples, *a, **k), (guide.model, guide), args, kwargs,
         plate=guide.plate, batched=guide.batched, seed=seed, chunk=max(1, 64_000 // num_samples),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyrovae import store
 from pyrovae.batching import Batched
+from pyrovae.identity import program_identity
 from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
 from pyrovae.reference.posterior import Reference
@@ -71,7 +72,7 @@ def exact(
         ess=torch.full((rows,), float(num_samples)), divergences=0, status=("ok",) * rows,
         mean=mean, sd=sd, log_evidence=evidence,
         provenance=Provenance.of_call(args, kwargs, num_data=rows, seed=seed, num_samples=num_samples),
-        seconds=time.perf_counter() - began,
+        program=program_identity(model), seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 

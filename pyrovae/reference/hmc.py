@@ -1,7 +1,8 @@
 """Reference posteriors of many data at once, by batched HMC (`pyrovae.samplers.batched`).
 
-All chains of all data of a chunk run in one tensor program. A datum's chains are continued, with every second draw
-dropped each time, until what is kept is worth enough draws. Data that diverge are run again with smaller steps.
+All chains of all data of a chunk run in one tensor program. Where a datum's draws are worth too little, they are drawn
+anew, from where its chains have come to and with twice as many transitions from one to the next; what came before was
+warm-up then. Data that diverge are run again with smaller steps.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from pyrovae import noise, store
-from pyrovae.batching import Batched, RowArguments
+from pyrovae.batching import Batched
 from pyrovae.finished import Finished
+from pyrovae.identity import program_identity
 from pyrovae.latents import LatentSpace, LogJoint
 from pyrovae.losses.base import require_pair
 from pyrovae.memory import rows_within
 from pyrovae.provenance import Provenance
-from pyrovae.reference.posterior import SLOW_ENERGY, ChainStatistics, Reference, status_of
+from pyrovae.reference.posterior import DIVERGENT_SHARE, SLOW_ENERGY, ChainStatistics, Reference, status_of
 from pyrovae.reference.starts import starts
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.samplers import batched as sampler
@@ -34,7 +36,7 @@ from pyrovae.slopes import Slopes, slopes
 __all__ = ["hmc"]
 
 _STRICTER = (0.95, 0.99)  # target acceptance of data that diverged
-_DIVERGENT_SHARE = 5e-4  # of transitions: more, and a datum's draws are not trusted
+_ENOUGH = 400.0  # ESS that makes a reference: what a budget leaves short of `target_ess` still judges a guide
 _SPREAD = 4.0  # ratio of step sizes up to which data share their number of leapfrog steps
 
 
@@ -79,8 +81,10 @@ def hmc(
         resume: folder that keeps finished chunks; a run that was stopped goes on from there.
 
     Returns:
-        a `Reference` whose `chains` hold the statistics per datum; status "ok", "not enough draws", "did not mix" or
-        "divergent" (more than 1 in 2,000 transitions even at 0.99).
+        a `Reference` whose `chains` hold the statistics per datum. Status "did not mix": R-hat above 1.1 or E-BFMI
+        below 0.3; "divergent": more than 1 in 2,000 transitions even at 0.99; "not enough draws": R-hat above 1.05,
+        or an ESS below 400 (below `target_ess`, if that is less); else "ok", though the budget may have ended before
+        `target_ess` (`Reference.ess`).
 
     Raises:
         ValueError: a budget that is too small, or a chain that starts where the log-joint is not finite.
@@ -129,7 +133,7 @@ def hmc(
         status=tuple(statuses[i] for i in order.tolist()),
         mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None,
         provenance=Provenance.of_call(args, kwargs, num_data=size, seed=seed, num_samples=number),
-        seconds=time.perf_counter() - began, initial=start, lp=lp, chains=chains,
+        program=program_identity(model), seconds=time.perf_counter() - began, initial=start, lp=lp, chains=chains,
     )  # fmt: skip
 
 
@@ -155,8 +159,8 @@ class _Plan:
                 f"{self.num_chains} x {self.num_samples} draws can hardly be worth target_ess={self.target_ess:g}: "
                 "pass a num_samples of at least 2 * target_ess / num_chains, or leave it out"
             )
-        if self.max_thin < 1:
-            raise ValueError(f"max_thin must be at least 1, got {self.max_thin}")
+        if self.max_thin < 1 or self.max_thin & (self.max_thin - 1):
+            raise ValueError(f"max_thin must be a power of two (1, 2, 4, ...), got {self.max_thin}")
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must lie between 0 and 1, got {self.target_accept}")
         if self.mass not in ("diagonal", "dense"):
@@ -240,7 +244,7 @@ class _Run:
         ]
 
     def _draw(self, plan: _Plan, index: Tensor, state: State, tuned: sampler.Tuned) -> list[_Part]:
-        """Draw and, for the data whose draws are worth too little, go on with every second one dropped."""
+        """Draw and, for the data whose draws are worth too little, go on and keep half as many of the transitions."""
         done: list[_Part] = []
         thin = 1
         while True:
@@ -248,7 +252,7 @@ class _Run:
                 state, self._target(index, state.u), tuned, plan.num_samples, self.generator, thin=thin,
                 each=self.bar.update,
             )  # fmt: skip
-            part = _finish(index, found, tuned, thin)
+            part = _finish(index, found, tuned, thin, min(_ENOUGH, plan.target_ess))
             wanting = (part.chains.ess_bulk < plan.target_ess) | (part.chains.ess_tail < plan.target_ess)
             wanting |= ~(part.rhat < 1.02)
             wanting &= ~_diverged(part, plan)
@@ -268,8 +272,7 @@ class _Run:
             return known[1]
         bound = self.whole
         if len(index) < bound.rows.size:
-            args, kwargs = bound.rows.rows(index)
-            bound = bound.at_rows(RowArguments(args, kwargs, len(index), bound.rows._batched))
+            bound = bound.at_rows(bound.rows.select(index))
         self.targets = {key: (index, slopes(bound, u))}
         return self.targets[key][1]
 
@@ -293,7 +296,7 @@ class _Run:
 
 def _diverged(part: _Part, plan: _Plan) -> Tensor:
     transitions = plan.num_chains * plan.num_samples * part.chains.thin
-    return part.chains.divergences > _DIVERGENT_SHARE * transitions
+    return part.chains.divergences > DIVERGENT_SHARE * transitions
 
 
 def _worth_repeating(part: _Part, plan: _Plan) -> Tensor:
@@ -305,7 +308,7 @@ def _rows(state: State, index: Tensor) -> State:
     return State(state.u[:, index], state.log_density[:, index], state.gradient[:, index])
 
 
-def _finish(index: Tensor, found: dict[str, Tensor], tuned: sampler.Tuned, thin: int) -> _Part:
+def _finish(index: Tensor, found: dict[str, Tensor], tuned: sampler.Tuned, thin: int, enough: float) -> _Part:
     draws, lp, energy, diverging = (
         found[name].transpose(0, 1).cpu() for name in ("u", "lp", "energy", "diverging")
     )  # fmt: skip
@@ -313,7 +316,9 @@ def _finish(index: Tensor, found: dict[str, Tensor], tuned: sampler.Tuned, thin:
         found[name].cpu() for name in ("accept_prob", "divergences", "ebfmi", "num_leapfrog")
     )  # fmt: skip
     transitions = draws.shape[0] * draws.shape[1] * thin
-    rhat, bulk, tail, status = status_of(draws, divergent=divergences > _DIVERGENT_SHARE * transitions, ebfmi=ebfmi)
+    rhat, bulk, tail, status = status_of(
+        draws, divergent=divergences > DIVERGENT_SHARE * transitions, ebfmi=ebfmi, enough=enough
+    )
     chains = ChainStatistics(
         bulk, tail, divergences, accept_prob, ebfmi, tuned.step_size.cpu(), num_leapfrog,
         torch.full_like(divergences, thin), energy, diverging,

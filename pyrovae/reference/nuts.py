@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pyrovae import noise, store
 from pyrovae.batching import Batched
+from pyrovae.identity import program_identity
 from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
 from pyrovae.recording import recorded
-from pyrovae.reference.posterior import Reference, status_of
+from pyrovae.reference.posterior import DIVERGENT_SHARE, Reference, status_of
 from pyrovae.reference.starts import starts
 from pyrovae.runtime import evaluating, seeded
 
@@ -89,11 +90,13 @@ def nuts(
         draws = torch.stack(chains)
         with torch.no_grad():
             lp = torch.stack([log_joint(chain) for chain in draws])
-    rhat, bulk, tail, status = status_of(draws)
+    # Divergences of a run on all data are nobody's in particular: too many, and no datum's draws are trusted.
+    divergent = torch.full((draws.shape[2],), divergences > DIVERGENT_SHARE * num_chains * num_samples)
+    rhat, bulk, tail, status = status_of(draws, divergent=divergent)
     pooled = draws.double().flatten(0, 1)
     return Reference(
         kind="nuts", space=space, draws=draws, rhat=rhat, ess=torch.minimum(bulk, tail),
         divergences=divergences, status=status, mean=pooled.mean(0), sd=pooled.std(0), log_evidence=None,
         provenance=Provenance.of_call(args, kwargs, num_data=draws.shape[2], seed=seed, num_samples=num_samples),
-        seconds=time.perf_counter() - began, initial=start, lp=lp,
+        program=program_identity(model), seconds=time.perf_counter() - began, initial=start, lp=lp,
     )  # fmt: skip

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pyrovae.diagnose.convergence import ess_bulk, ess_tail, split_rhat
+from pyrovae.identity import program_identity
 from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
 
 __all__ = ["ChainStatistics", "Reference", "status_of"]
 
 OK, FEW, UNMIXED, DIVERGENT = "ok", "not enough draws", "did not mix", "divergent"
+DIVERGENT_SHARE = 5e-4  # of transitions: more, and draws are not trusted
 SLOW_ENERGY = 0.3  # E-BFMI below which chains explore energies too slowly
 _STATUSES = (OK, FEW, UNMIXED, DIVERGENT)
 
@@ -72,6 +74,7 @@ class Reference:
         mean, sd: `[B, D]`, exact where known, else from the draws.
         log_evidence: `[B]`, exact log p(x) in nats, or None.
         provenance: of the draws; its fingerprint is that of the arguments they were made for.
+        program: identity of the model they were made of, weights included.
         seconds: what it cost.
         initial: `[C, B, D]` starting points of the chains, or None.
         lp: `[C, S, B]`, log-joint at the draws, nats, or None.
@@ -89,6 +92,7 @@ class Reference:
     sd: Tensor
     log_evidence: Tensor | None
     provenance: Provenance
+    program: str
     seconds: float
     initial: Tensor | None = None
     lp: Tensor | None = None
@@ -109,8 +113,12 @@ class Reference:
         """All chains as one set of draws, `[C * S, B, D]`."""
         return self.draws.flatten(0, 1)
 
-    def require(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise `ValueError` unless these are the data the draws were made for."""
+    def require(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ValueError` unless these are the model and the data the draws were made for."""
+        if program_identity(model) != self.program:
+            raise ValueError(
+                "the reference was made of another model, or before these weights: make one of the model as it is now"
+            )
         if Provenance.of_call(args, kwargs).fingerprint != self.provenance.fingerprint:
             raise ValueError("these are other data than the reference's: pass those it was made for")
 
@@ -128,16 +136,17 @@ class Reference:
 
 
 def status_of(
-    draws: Tensor, *, divergent: Tensor | None = None, ebfmi: Tensor | None = None
+    draws: Tensor, *, divergent: Tensor | None = None, ebfmi: Tensor | None = None, enough: float = 400
 ) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     """(R-hat, bulk ESS, tail ESS, each `[B]`; status) of chains `[C, S, B, D]`.
 
     A threshold of 1.01 on R-hat fails half of all perfect references of 400 draws, so poor mixing (R-hat above 1.1, or
-    an E-BFMI below 0.3) and too few draws (R-hat above 1.05, ESS below 400) are different verdicts.
+    an E-BFMI below 0.3) and too few draws (R-hat above 1.05, ESS below `enough`) are different verdicts.
 
     Args:
         divergent: `[B]`, data with too many divergent transitions.
         ebfmi: `[B]`.
+        enough: ESS, the smaller of bulk and tail.
     """
     rhat = split_rhat(draws).amax(-1)
     bulk, tail = ess_bulk(draws).amin(-1), ess_tail(draws).amin(-1)
@@ -148,6 +157,6 @@ def status_of(
             return UNMIXED
         if divergent is not None and divergent[row]:
             return DIVERGENT
-        return OK if n >= 400 and r <= 1.05 else FEW
+        return OK if n >= enough and r <= 1.05 else FEW
 
     return rhat, bulk, tail, tuple(verdict(row) for row in range(len(rhat)))

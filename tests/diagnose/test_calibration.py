@@ -70,6 +70,8 @@ def test_pvalues_are_uniform_over_seeds():
 def test_a_shifted_mean_fails():
     found = calibrate(MODEL, given(shift=0.3), X)
     assert found.sbc_pvalue < 1e-4
+    assert found.tarp_pvalue < 1e-4
+    assert calibrate(MODEL, given(shift=-0.3), X).tarp_pvalue < 1e-4
     assert not found.passed()
     assert found.shapes() == ["too high"] * 3
     assert "too high in 3 of 3" in repr(found)

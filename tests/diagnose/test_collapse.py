@@ -86,3 +86,19 @@ def test_bad_input_is_refused():
     other, _ = problems.ppca(rows=3, latent=3, pixels=8)
     with pytest.raises(IncompatibleError):
         information(other, exact(), X)
+
+
+def test_dropout_is_off_and_batch_norm_stays():
+    """Mutual information of an encoder in training mode is that of evaluation mode, and nothing moves."""
+    torch.manual_seed(0)
+    model, x = problems.ppca(rows=40)
+    encoder = nn.Sequential(nn.BatchNorm1d(30), nn.Dropout(0.5), nn.Linear(30, 20)).double()
+    guide = guides.Amortized(model, encoder)
+    guide.train()
+    before, state = encoder[0].running_mean.clone(), torch.get_rng_state()
+    first = information(model, guide, x)
+    assert torch.equal(encoder[0].running_mean, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert guide.training
+    guide.eval()
+    assert information(model, guide, x).mutual_information == first.mutual_information

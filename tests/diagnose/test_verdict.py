@@ -173,3 +173,19 @@ def test_a_subsampled_scale_is_no_obstacle():
     x = torch.tensor([0.3, -1.0], dtype=torch.double)
     guide = guides.Amortized(model, nn.Linear(1, 2).double(), encoder_input=lambda x: x.unsqueeze(-1))
     assert made(guide, x).num_data == 2
+
+
+def test_one_bad_datum_is_named():
+    """One of forty encoder outputs is 20 sd off: the mean over data spreads as far as it is large, but is measured."""
+
+    class OneOff(Given):
+        def lam(self, x):
+            lam = super().lam(x).clone()
+            lam[0, 0] += 20
+            return lam
+
+    guide = OneOff(MODEL, nn.Identity(), family="full-rank")
+    found = made(guide, X, num_reference=0, num_gaps=len(X))
+    assert found.gaps.inference.mean < 3 * found.gaps.inference.mean_se
+    assert "Datum 0 alone loses" in found.verdict[0]
+    assert "encoder" in found.verdict[0]
