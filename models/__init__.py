@@ -9,9 +9,11 @@ if __name__ == "models":  # imported from the repository root: be the same packa
         if _name == "pyrovae.models" or _name.startswith("pyrovae.models."):
             sys.modules[_name.removeprefix("pyrovae.")] = _module
 else:
+    from pyrovae.models.ladder_vae import LadderVAE
     from pyrovae.models.ppca import PPCA
     from pyrovae.models.vae import VAE
+    from pyrovae.models.vlac import VLAC
 
-    REGISTRY = {"vae": VAE, "ppca": PPCA}
+    REGISTRY = {"vae": VAE, "ppca": PPCA, "ladder": LadderVAE, "vlac": VLAC}
 
-    __all__ = ["PPCA", "REGISTRY", "VAE"]
+    __all__ = ["PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE"]

@@ -97,7 +97,12 @@ class RowArguments:
     def tensors(self) -> list[Tensor]:
         """Those that carry rows."""
         found: list[Tensor] = []
-        self._map(lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+
+        def keep(value: Tensor) -> Tensor:
+            found.append(value)
+            return value
+
+        self._map(keep)
         return found
 
     def names(self) -> list[str]:

@@ -33,7 +33,7 @@ from pyrovae.optim import Adam
 from pyrovae.plates import read_plate
 from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.runtime import evaluating, modules_of, preserve_rng, seeded
-from pyrovae.schedules import Block, RecursiveSchedule
+from pyrovae.schedules import Block, Schedule
 
 __all__ = ["FitResult", "fit"]
 
@@ -96,7 +96,7 @@ def fit(
     *,
     loss: Any = None,
     optimizer: Any = None,
-    schedule: RecursiveSchedule | None = None,
+    schedule: Schedule | None = None,
     epochs: int | None = None,
     max_steps: int | None = None,
     batch_size: int | None = None,
@@ -122,8 +122,8 @@ def fit(
         optimizer: a `pyro.optim` optimiser or scheduler; `pyrovae.optim.Adam(lr=1e-3)` by default. It must be
             a fresh one. A scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training
             objective).
-        schedule: blocks of parameters that take turns within every step (`pyrovae.schedules`); each is stepped by its
-            own objective and keeps its own state in the optimiser. None steps all at once.
+        schedule: stages of training (`pyrovae.schedules`): blocks of parameters that take turns within every step, each
+            by its own objective, or latent groups that come in one by one. None steps all at once.
         epochs, max_steps: when to stop; with both, whichever comes first. Default 50 epochs.
         transform: applied to the first tensor of every training batch (dynamic binarisation).
         kl_weight: a number, or a schedule over steps; its final value is recorded, and a run that ends before its
@@ -207,7 +207,7 @@ class _Run:
 
     def __init__(
         self, model: Any, guide: Any, tensors: tuple[Tensor, ...], loss: Any, optimizer: Any,
-        schedule: RecursiveSchedule | None, batch_size: int, transform: Any, kl_weight: Any, max_norm: float | None,
+        schedule: Schedule | None, batch_size: int, transform: Any, kl_weight: Any, max_norm: float | None,
     ) -> None:  # fmt: skip
         self.model, self.guide, self.tensors, self.loss, self.optimizer = model, guide, tensors, loss, optimizer
         self.schedule, self.batch_size, self.transform = schedule, batch_size, transform

@@ -18,8 +18,8 @@ from torch import nn
 from pyrovae import fit, guides, handlers, losses, models
 from pyrovae.compat import compatible
 from pyrovae.errors import IncompatibleError, PlateError, ScaleError
-from pyrovae.models import PPCA, VAE
-from pyrovae.nets import LinearHeadDecoder
+from pyrovae.models import PPCA, VAE, VLAC, LadderVAE
+from pyrovae.nets import LadderDecoder, LinearHeadDecoder
 
 PIXELS, DIM, ROWS = 6, 3, 4
 
@@ -34,7 +34,17 @@ def ppca():
     return PPCA(torch.randn(PIXELS, DIM, generator=generator, dtype=torch.double), noise=0.7)
 
 
-MODELS = {"vae": vae, "ppca": ppca}
+def ladder():
+    torch.manual_seed(1)
+    return LadderVAE(LadderDecoder([1, 2], (PIXELS,), width=8).double(), [1, 2], "gaussian")
+
+
+def vlac():
+    torch.manual_seed(1)
+    return VLAC(LadderDecoder([1, 2], (PIXELS,), width=8).double(), [1, 2], [2, 3], "gaussian")
+
+
+MODELS = {"vae": vae, "ppca": ppca, "ladder": ladder, "vlac": vlac}
 
 
 def data(rows=ROWS):

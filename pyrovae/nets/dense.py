@@ -1,7 +1,7 @@
-"""Encoders and decoders.
+"""Fully connected encoders and decoders.
 
-Any `nn.Module` serves as either. A decoder that ends in a linear layer may say so with `trunk` (latents to features)
-and `head` (the last `nn.Linear`); Laplace guides then differentiate the trunk only.
+A decoder that ends in a linear layer may say so with `trunk` (latents to features) and `head` (the last `nn.Linear`);
+Laplace guides then differentiate the trunk only.
 """
 
 from __future__ import annotations
