@@ -13,8 +13,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "data", "diagnose", "evidence", "export", "families", "flows", "guides", "handlers", "latents", "losses", "models",
-    "nets", "optim", "plots", "reference", "runtime", "samplers",
+    "data", "diagnose", "evidence", "export", "families", "flows", "generate", "guides", "handlers", "latents",
+    "losses", "models", "nets", "optim", "plots", "reference", "runtime", "samplers",
 )  # fmt: skip
 _NAMES = {
     "LatentSpace": "pyrovae.latents",

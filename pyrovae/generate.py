@@ -1,0 +1,231 @@
+"""Pictures a model makes of codes: between two data, along one latent, and of what is hidden in a datum.
+
+All of it is E[x | z] at some z, the mean of the model's own observed site, so any Pyro model with one will do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from torch import Tensor, nn
+from torch.distributions import Independent
+
+from pyrovae.chunks import per_chunk
+from pyrovae.errors import DataError
+from pyrovae.latents import LatentSpace
+from pyrovae.losses.base import require_pair
+from pyrovae.psis import pareto_khat, psis_smooth
+from pyrovae.runtime import evaluating, preserve_rng
+from pyrovae.store import isolated
+
+__all__ = ["Imputation", "decode", "impute", "interpolate", "traverse"]
+
+
+def decode(
+    space: LatentSpace, u: Tensor, *args: Any, site: str = "x", **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """(E[x | z], Var[x | z]) of an observed site at latents `u: [S, B, D]` of a call's data, `[S, B, *event]`.
+
+    Raises:
+        DataError: no such observed site.
+    """
+    rows = space.bind(*args, **kwargs)
+    number, size = u.shape[:2]
+    whole = space.plate is not None and rows.foldable
+    calls = [rows.rows.repeat(number)] if whole else [(args, kwargs)] * number
+    latents = [u.reshape(number * size, -1)] if whole else list(u)
+    found = []
+    with torch.no_grad(), preserve_rng(), isolated(), evaluating(space.model):
+        for (some, named), point in zip(calls, latents, strict=True):
+            nodes = poutine.trace(poutine.condition(space.model, space.constrain(point))).get_trace(*some, **named)
+            if site not in nodes.nodes or not nodes.nodes[site]["is_observed"]:
+                observed = [name for name in nodes.observation_nodes if name not in space.constrain(point)]
+                raise DataError(f"the model observes {observed}, but no site {site!r}: pass site=...")
+            fn = nodes.nodes[site]["fn"]
+            shape = (-1, size, *fn.event_shape) if space.plate is not None else (1, *fn.batch_shape, *fn.event_shape)
+            found.append((fn.mean.expand(fn.shape()).reshape(shape), fn.variance.expand(fn.shape()).reshape(shape)))
+    return torch.cat([mean for mean, _ in found]), torch.cat([variance for _, variance in found])
+
+
+def interpolate(
+    model: Callable[..., Any], guide: Any, x: Tensor, other: Tensor, *, steps: int = 8, site: str = "x"
+) -> Tensor:
+    """E[x | z] on the straight line between the posterior means of two batches of data, `[steps, B, *event]`."""
+    if steps < 2:
+        raise ValueError(f"an interpolation needs at least its two ends, got steps={steps}")
+    if x.shape != other.shape:
+        raise ValueError(f"both ends must have one shape, got {list(x.shape)} and {list(other.shape)}")
+    start, end = _centre(model, guide, x), _centre(model, guide, other)
+    share = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device).view(-1, 1, 1)
+    return decode(guide.space(x), torch.lerp(start, end, share), x, site=site)[0]
+
+
+def traverse(
+    model: Callable[..., Any], guide: Any, x: Tensor, latent: int, values: Sequence[float], *, site: str = "x"
+) -> Tensor:
+    """E[x | z] with one unconstrained latent set to some values, the others at their posterior mean,
+    `[len(values), B, *event]`.
+    """
+    centre = _centre(model, guide, x)
+    if not -centre.shape[-1] <= latent < centre.shape[-1]:
+        raise ValueError(f"the model has latents 0 to {centre.shape[-1] - 1}, got {latent}")
+    u = centre.repeat(len(values), 1, 1)
+    u[..., latent] = torch.as_tensor(values, dtype=u.dtype, device=u.device).unsqueeze(1)
+    return decode(guide.space(x), u, x, site=site)[0]
+
+
+def _centre(model: Any, guide: Any, x: Tensor, num_samples: int = 100) -> Tensor:
+    """Posterior mean of the unconstrained latents, `[B, D]`, from draws."""
+    require_pair(model, guide, None)
+    return per_chunk(
+        lambda *some: guide.draws(num_samples, *some).mean(0, keepdim=True), (model, guide), (x,), {},
+        plate=guide.plate, batched=guide.batched,
+    )[0]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """What a model makes of hidden values.
+
+    Attributes:
+        mean: posterior predictive mean, `[B, *event]`; seen values as they are.
+        sd: its standard deviation; 0 at seen values.
+        khat: of the importance weights of each datum, `[B]`: above 0.7 the guide is too far from the posterior given
+            what is seen, and a refined one is needed (`LocalSVI`, `Laplace`, more steps). None for guides without
+            density, whose draws are taken as they come.
+    """
+
+    mean: Tensor
+    sd: Tensor
+    khat: Tensor | None
+
+
+def impute(
+    model: Callable[..., Any],
+    guide: Any,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    num_samples: int = 500,
+    fill: float = 0.0,
+    site: str = "x",
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Imputation:
+    """Hidden values from the posterior given the seen ones.
+
+    The guide is copied onto a model that observes the seen values alone. An encoder still takes whole data, with
+    `fill` in the holes: its draws are importance-weighted (Pareto-smoothed) to the posterior, and guides that refine or
+    run chains come there by themselves.
+
+    Args:
+        model, guide: a guide built for this model, with a data plate.
+        x: `[B, *event]`; hidden values may be anything, NaN included.
+        mask: bool, the same shape; True where x is seen.
+        num_samples: S draws per datum.
+        fill: what an encoder sees in the holes.
+        site: the observed site.
+        seed, chunk: as in `evidence.log_weights`.
+
+    Raises:
+        DataError: another shape or type of mask, or no such site.
+    """
+    require_pair(model, guide, None)
+    if mask.shape != x.shape or mask.dtype != torch.bool:
+        raise DataError(f"mask must be bool of shape {list(x.shape)}, got {mask.dtype} of shape {list(mask.shape)}")
+    if guide.plate is None:
+        raise DataError("imputation goes datum by datum, but this guide takes the program as one datum (plate=None)")
+    program = _Seen(model, site)
+    partly = _on(guide, model, program)
+    filled = torch.where(mask, x, torch.full_like(x, fill))
+    dense = hasattr(partly, "_sampler")
+
+    def measure(*some: Any, **named: Any) -> Tensor:
+        """Mean, sd and k-hat, `[3, b, *event]`."""
+        space = partly.space(*some, **named)
+        if dense:
+            with partly._aside():
+                u, log_q = partly._sampler(*some, **named).draw(num_samples)
+                weights = (space.bind(*some, **named)(u) - log_q).double()
+            log_w, khat = psis_smooth(weights)[0], pareto_khat(weights)
+            share = torch.softmax(log_w, 0).to(u.dtype)
+        else:
+            u, khat = partly.draws(num_samples, *some, **named), torch.full((len(some[0]),), torch.nan)
+            share = torch.full(u.shape[:2], 1 / num_samples, dtype=u.dtype, device=u.device)
+        mean, variance = decode(space, u, *some, site=site, **named)
+        share = share.reshape(*share.shape, *[1] * (mean.dim() - 2))
+        centre = (share * mean).sum(0)
+        spread = (share * (variance + (mean - centre).square())).sum(0)
+        return torch.stack([centre, spread.sqrt(), khat.to(centre).view(-1, *[1] * (mean.dim() - 2)).expand_as(centre)])
+
+    rows = chunk if chunk is not None else max(1, 16_000 // num_samples)
+    mean, sd, khat = per_chunk(
+        measure, (program, partly), (filled,), {"_mask": mask}, plate=guide.plate, batched=guide.batched, seed=seed,
+        chunk=rows,
+    )  # fmt: skip
+    return Imputation(
+        torch.where(mask, x, mean), torch.where(mask, torch.zeros_like(sd), sd),
+        khat.flatten(1)[:, 0].double() if dense else None,
+    )  # fmt: skip
+
+
+class _Seen(nn.Module):
+    """The model with one observed site masked value by value: `program(x, _mask=mask)`."""
+
+    def __init__(self, model: Callable[..., Any], site: str) -> None:
+        super().__init__()
+        self.model, self.site = model, site
+        if hasattr(model, "traits"):
+            self.traits = model.traits
+
+    def forward(self, *args: Any, _mask: Tensor, **kwargs: Any) -> Any:
+        with _Pixels(self.site, _mask):
+            return self.model(*args, **kwargs)
+
+
+class _Pixels(poutine.messenger.Messenger):
+    def __init__(self, site: str, mask: Tensor) -> None:
+        super().__init__()
+        self.site, self.mask = site, mask
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] != self.site or not msg["is_observed"]:
+            return
+        fn, dims = msg["fn"], len(msg["fn"].event_shape)
+        while isinstance(fn, Independent):
+            fn = fn.base_dist
+        if fn.event_shape:
+            raise DataError(
+                f"the values of site {self.site!r} are not independent given the latents ({type(fn).__name__}), so "
+                "single ones cannot be hidden"
+            )
+        seen = fn.expand(self.mask.shape) if fn.batch_shape != self.mask.shape else fn
+        msg["fn"] = MaskedDistribution(seen, self.mask).to_event(dims)
+
+
+def _on(guide: Any, model: Any, program: Any) -> Any:
+    """A copy of a guide, with everything it is made of, for another program over the same latents."""
+    found = copy.deepcopy(guide, {id(model): program})
+    for part in found.modules():
+        for cache in ("_space", "_ledger"):
+            if cache in part.__dict__:
+                part.__dict__[cache] = None
+        if hasattr(part, "encoder_input"):
+            part.encoder_input = _Unmasked(part.encoder_input)
+    return found
+
+
+class _Unmasked:
+    """An `encoder_input` that is not shown the mask."""
+
+    def __init__(self, pick: Callable[..., Any]) -> None:
+        self.pick = pick
+
+    def __call__(self, *args: Any, _mask: Tensor, **kwargs: Any) -> Any:
+        return self.pick(*args, **kwargs)
