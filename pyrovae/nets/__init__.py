@@ -2,5 +2,8 @@
 
 from pyrovae.nets.dense import MLP, LinearHeadDecoder, Table
 from pyrovae.nets.ladder import LadderDecoder, LadderEncoder
+from pyrovae.nets.masked import LocalPixelCNN, MaskedConv2d, PixelCNN
 
-__all__ = ["MLP", "LadderDecoder", "LadderEncoder", "LinearHeadDecoder", "Table"]
+__all__ = [
+    "MLP", "LadderDecoder", "LadderEncoder", "LinearHeadDecoder", "LocalPixelCNN", "MaskedConv2d", "PixelCNN", "Table",
+]  # fmt: skip
