@@ -10,10 +10,13 @@ if __name__ == "models":  # imported from the repository root: be the same packa
             sys.modules[_name.removeprefix("pyrovae.")] = _module
 else:
     from pyrovae.models.ladder_vae import LadderVAE
+    from pyrovae.models.pixelcnn_vae import LossyVAE, PixelCNNVAE
     from pyrovae.models.ppca import PPCA
     from pyrovae.models.vae import VAE
     from pyrovae.models.vlac import VLAC
 
-    REGISTRY = {"vae": VAE, "ppca": PPCA, "ladder": LadderVAE, "vlac": VLAC}
+    REGISTRY = {
+        "vae": VAE, "ppca": PPCA, "ladder": LadderVAE, "vlac": VLAC, "pixelcnn": PixelCNNVAE, "lossy": LossyVAE,
+    }  # fmt: skip
 
-    __all__ = ["PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE"]
+    __all__ = ["PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LossyVAE", "PixelCNNVAE"]

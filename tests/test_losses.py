@@ -18,8 +18,8 @@ from torch import nn
 from pyrovae import fit, guides, handlers, losses, models
 from pyrovae.compat import compatible
 from pyrovae.errors import IncompatibleError, PlateError, ScaleError
-from pyrovae.models import PPCA, VAE, VLAC, LadderVAE
-from pyrovae.nets import LadderDecoder, LinearHeadDecoder
+from pyrovae.models import PPCA, VAE, VLAC, LadderVAE, LossyVAE, PixelCNNVAE
+from pyrovae.nets import LadderDecoder, LinearHeadDecoder, PixelCNN
 
 PIXELS, DIM, ROWS = 6, 3, 4
 
@@ -44,7 +44,20 @@ def vlac():
     return VLAC(LadderDecoder([1, 2], (PIXELS,), width=8).double(), [1, 2], [2, 3], "gaussian")
 
 
-MODELS = {"vae": vae, "ppca": ppca, "ladder": ladder, "vlac": vlac}
+def pixelcnn():
+    torch.manual_seed(1)
+    net = PixelCNN(1, 1, features=2, width=4, kernel_sizes=(3, 3))
+    return PixelCNNVAE(LinearHeadDecoder(DIM, [8], (2, 2, 3)), net, DIM).double()
+
+
+def lossy():
+    torch.manual_seed(1)
+    features = LinearHeadDecoder(DIM, [8], (2, 2, 3))
+    return LossyVAE(features, DIM, num_features=2, width=4, num_transforms=2, hidden=(8,)).double()
+
+
+MODELS = {"vae": vae, "ppca": ppca, "ladder": ladder, "vlac": vlac, "pixelcnn": pixelcnn, "lossy": lossy}
+IMAGES = ("pixelcnn", "lossy")  # those that take binary images, here of 2 x 3 pixels
 
 
 def data(rows=ROWS):
@@ -102,24 +115,25 @@ def test_elbo_is_trace_mean_field_elbo(name, particles):
 @pytest.mark.parametrize("guide_name", GUIDES)
 def test_every_triple_runs_or_raises_what_compatible_says(model_name, guide_name, loss_name):
     model = MODELS[model_name]()
+    x = (data() > 0).double().view(ROWS, 1, 2, 3) if model_name in IMAGES else data()
     guide, loss = GUIDES[guide_name](model, PIXELS, DIM, torch.float64), losses.REGISTRY[loss_name]()
     reason = compatible(model, guide, loss)
     if reason is not None:
         for call in (loss.loss, loss.loss_and_grads, loss.per_datum):
             with pytest.raises(IncompatibleError) as raised:
-                call(model, guide, data())
+                call(model, guide, x)
             assert str(raised.value) == reason
         return
-    value, grads = gradients(loss, model, guide, data())
+    value, grads = gradients(loss, model, guide, x)
     assert math.isfinite(value)
     assert any(g is not None and g.abs().sum() > 0 for g in grads)
     torch.manual_seed(5)
-    rows = loss.per_datum(model, guide, data())
+    rows = loss.per_datum(model, guide, x)
     assert rows.shape == (ROWS,)
     total = -float(rows.detach().sum())  # a sum of per_datum is minus the loss
     if hasattr(loss, "penalty"):
         torch.manual_seed(5)
-        total += ROWS * float(losses.REGISTRY[loss_name]().penalty(model, guide, data()).detach())
+        total += ROWS * float(losses.REGISTRY[loss_name]().penalty(model, guide, x).detach())
     assert total == pytest.approx(value, rel=1e-9)
 
 
