@@ -24,7 +24,7 @@ from pyrovae.psis import pareto_khat, psis_smooth
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.store import isolated
 
-__all__ = ["Imputation", "decode", "impute", "interpolate", "traverse"]
+__all__ = ["Imputation", "centre", "decode", "impute", "interpolate", "traverse"]
 
 
 def decode(
@@ -61,7 +61,7 @@ def interpolate(
         raise ValueError(f"an interpolation needs at least its two ends, got steps={steps}")
     if x.shape != other.shape:
         raise ValueError(f"both ends must have one shape, got {list(x.shape)} and {list(other.shape)}")
-    start, end = _centre(model, guide, x), _centre(model, guide, other)
+    start, end = centre(model, guide, x), centre(model, guide, other)
     share = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device).view(-1, 1, 1)
     return decode(guide.space(x), torch.lerp(start, end, share), x, site=site)[0]
 
@@ -72,15 +72,15 @@ def traverse(
     """E[x | z] with one unconstrained latent set to some values, the others at their posterior mean,
     `[len(values), B, *event]`.
     """
-    centre = _centre(model, guide, x)
-    if not -centre.shape[-1] <= latent < centre.shape[-1]:
-        raise ValueError(f"the model has latents 0 to {centre.shape[-1] - 1}, got {latent}")
-    u = centre.repeat(len(values), 1, 1)
+    mean = centre(model, guide, x)
+    if not -mean.shape[-1] <= latent < mean.shape[-1]:
+        raise ValueError(f"the model has latents 0 to {mean.shape[-1] - 1}, got {latent}")
+    u = mean.repeat(len(values), 1, 1)
     u[..., latent] = torch.as_tensor(values, dtype=u.dtype, device=u.device).unsqueeze(1)
     return decode(guide.space(x), u, x, site=site)[0]
 
 
-def _centre(model: Any, guide: Any, x: Tensor, num_samples: int = 100) -> Tensor:
+def centre(model: Any, guide: Any, x: Tensor, num_samples: int = 100) -> Tensor:
     """Posterior mean of the unconstrained latents, `[B, D]`, from draws."""
     require_pair(model, guide, None)
     return per_chunk(
@@ -160,9 +160,9 @@ def impute(
             share = torch.full(u.shape[:2], 1 / num_samples, dtype=u.dtype, device=u.device)
         mean, variance = decode(space, u, *some, site=site, **named)
         share = share.reshape(*share.shape, *[1] * (mean.dim() - 2))
-        centre = (share * mean).sum(0)
-        spread = (share * (variance + (mean - centre).square())).sum(0)
-        return torch.stack([centre, spread.sqrt(), khat.to(centre).view(-1, *[1] * (mean.dim() - 2)).expand_as(centre)])
+        middle = (share * mean).sum(0)
+        spread = (share * (variance + (mean - middle).square())).sum(0)
+        return torch.stack([middle, spread.sqrt(), khat.to(middle).view(-1, *[1] * (mean.dim() - 2)).expand_as(middle)])
 
     rows = chunk if chunk is not None else max(1, 16_000 // num_samples)
     mean, sd, khat = per_chunk(
