@@ -1,6 +1,10 @@
-"""Data sets: small images, stored flat, with their binarisation and preprocessing written on them."""
+"""Data sets: small images with their binarisation and preprocessing written on them, and text."""
 
 from pyrovae.data.images import BINARIZATIONS, ImageData, binarize, load
 from pyrovae.data.preprocessing import PREPROCESSINGS
+from pyrovae.data.text import Sentences, TextData, Vocabulary, load_text
 
-__all__ = ["BINARIZATIONS", "PREPROCESSINGS", "ImageData", "binarize", "load"]
+__all__ = [
+    "BINARIZATIONS", "PREPROCESSINGS", "ImageData", "Sentences", "TextData", "Vocabulary", "binarize", "load",
+    "load_text",
+]  # fmt: skip
