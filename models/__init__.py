@@ -12,11 +12,13 @@ else:
     from pyrovae.models.ladder_vae import LadderVAE
     from pyrovae.models.pixelcnn_vae import LossyVAE, PixelCNNVAE
     from pyrovae.models.ppca import PPCA
+    from pyrovae.models.text_vae import TextVAE
     from pyrovae.models.vae import VAE
     from pyrovae.models.vlac import VLAC
 
     REGISTRY = {
         "vae": VAE, "ppca": PPCA, "ladder": LadderVAE, "vlac": VLAC, "pixelcnn": PixelCNNVAE, "lossy": LossyVAE,
+        "text": TextVAE,
     }  # fmt: skip
 
-    __all__ = ["PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LossyVAE", "PixelCNNVAE"]
+    __all__ = ["PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LossyVAE", "PixelCNNVAE", "TextVAE"]

@@ -18,8 +18,8 @@ from torch import nn
 from pyrovae import fit, guides, handlers, losses, models
 from pyrovae.compat import compatible
 from pyrovae.errors import IncompatibleError, PlateError, ScaleError
-from pyrovae.models import PPCA, VAE, VLAC, LadderVAE, LossyVAE, PixelCNNVAE
-from pyrovae.nets import LadderDecoder, LinearHeadDecoder, PixelCNN
+from pyrovae.models import PPCA, VAE, VLAC, LadderVAE, LossyVAE, PixelCNNVAE, TextVAE
+from pyrovae.nets import LadderDecoder, LinearHeadDecoder, LSTMDecoder, PixelCNN
 
 PIXELS, DIM, ROWS = 6, 3, 4
 
@@ -56,7 +56,21 @@ def lossy():
     return LossyVAE(features, DIM, num_features=2, width=4, num_transforms=2, hidden=(8,)).double()
 
 
-MODELS = {"vae": vae, "ppca": ppca, "ladder": ladder, "vlac": vlac, "pixelcnn": pixelcnn, "lossy": lossy}
+class FloatWords(TextVAE):
+    """Takes indices as floats, which the encoders of the registry can read."""
+
+    def forward(self, x=None, size=None):
+        return super().forward(None if x is None else x.long(), size)
+
+
+def text():
+    torch.manual_seed(1)
+    return FloatWords(LSTMDecoder(6, DIM, embedding=3, hidden=4), DIM).double()
+
+
+MODELS = {
+    "vae": vae, "ppca": ppca, "ladder": ladder, "vlac": vlac, "pixelcnn": pixelcnn, "lossy": lossy, "text": text,
+}  # fmt: skip
 IMAGES = ("pixelcnn", "lossy")  # those that take binary images, here of 2 x 3 pixels
 
 
@@ -110,12 +124,19 @@ def test_elbo_is_trace_mean_field_elbo(name, particles):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("loss_name", losses.REGISTRY)
-@pytest.mark.parametrize("guide_name", GUIDES)
+# Every guide with every loss on two models; on the others every guide, and every loss, in one pair each.
+TRIPLES = [
+    (model, guide, loss) for model in MODELS for guide in GUIDES for loss in losses.REGISTRY
+    if model in ("vae", "ppca") or guide == "amortized" or loss in ("ELBO", "ELBO(stratified)", "E_q log p(x,z)")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_name", "guide_name", "loss_name"), TRIPLES)
 def test_every_triple_runs_or_raises_what_compatible_says(model_name, guide_name, loss_name):
     model = MODELS[model_name]()
     x = (data() > 0).double().view(ROWS, 1, 2, 3) if model_name in IMAGES else data()
+    if model_name == "text":
+        x = torch.tensor([[3, 4, 5, 2, 0, 0], [5, 2, 0, 0, 0, 0], [4, 4, 4, 4, 4, 2], [3, 2, 0, 0, 0, 0]]).double()
     guide, loss = GUIDES[guide_name](model, PIXELS, DIM, torch.float64), losses.REGISTRY[loss_name]()
     reason = compatible(model, guide, loss)
     if reason is not None:
