@@ -33,7 +33,7 @@ def decode(
     """(E[x | z], Var[x | z]) of an observed site at latents `u: [S, B, D]` of a call's data, `[S, B, *event]`.
 
     Raises:
-        DataError: no such observed site.
+        DataError: no such observed site, or one whose mean has no closed form.
     """
     rows = space.bind(*args, **kwargs)
     number, size = u.shape[:2]
@@ -48,9 +48,17 @@ def decode(
                 observed = [name for name in nodes.observation_nodes if name not in space.constrain(point)]
                 raise DataError(f"the model observes {observed}, but no site {site!r}: pass site=...")
             fn = nodes.nodes[site]["fn"]
+            try:
+                moments = fn.mean, fn.variance
+            except NotImplementedError as error:
+                raise DataError(
+                    f"the mean of site {site!r} ({type(fn).__name__}) is not known in closed form, so there is no "
+                    "picture of E[x | z]: draw from the model at these latents"
+                ) from error
             shape = (-1, size, *fn.event_shape) if space.plate is not None else (1, *fn.batch_shape, *fn.event_shape)
-            found.append((fn.mean.expand(fn.shape()).reshape(shape), fn.variance.expand(fn.shape()).reshape(shape)))
-    return torch.cat([mean for mean, _ in found]), torch.cat([variance for _, variance in found])
+            found.append([moment.expand(fn.shape()).reshape(shape) for moment in moments])
+    mean, variance = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return mean, variance
 
 
 def interpolate(

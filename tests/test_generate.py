@@ -12,8 +12,8 @@ from torch import nn
 
 from pyrovae import generate, guides
 from pyrovae.errors import DataError
-from pyrovae.models import VAE
-from pyrovae.nets import LinearHeadDecoder
+from pyrovae.models import VAE, PixelCNNVAE
+from pyrovae.nets import LinearHeadDecoder, PixelCNN
 
 ROWS, PIXELS, DIM = 6, 8, 3
 
@@ -167,6 +167,14 @@ def test_constrained_latents_and_other_sites():
     assert generate.impute(model, guide, x, torch.rand(3, 4) < 0.5, site="y").sd.shape == (3, 4)
     with pytest.raises(DataError, match=r"observes \['y'\]"):
         generate.traverse(model, guide, x, 0, [0.0])
+
+
+def test_images_without_a_mean_are_refused():
+    net = PixelCNN(1, 1, features=2, width=4, kernel_sizes=(3,))
+    model = PixelCNNVAE(LinearHeadDecoder(2, [4], (2, 3, 3)), net, 2)
+    guide = guides.Amortized(model, nn.Sequential(nn.Flatten(), nn.Linear(9, 4)))
+    with pytest.raises(DataError, match="not known in closed form"):
+        generate.traverse(model, guide, torch.zeros(2, 1, 3, 3), 0, [0.0])
 
 
 def test_bad_input():
