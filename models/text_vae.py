@@ -28,6 +28,7 @@ from pyrovae.nets.lstm import LSTMDecoder
 __all__ = ["SentenceDistribution", "TextVAE", "perplexity"]
 
 _ONE = torch.Size()  # a single draw
+_NEVER = -1e9  # a logit whose probability is 0; finite, so that second derivatives are
 
 
 class SentenceDistribution(TorchDistribution):
@@ -70,9 +71,16 @@ class SentenceDistribution(TorchDistribution):
             dropped = (torch.rand(shown.shape, device=shown.device) < self.dropout) & (shown != PAD)
             dropped[:, 0] = False
             shown = torch.where(dropped, torch.full_like(shown, UNKNOWN), shown)
-        logits, _ = self.decoder.step(shown, z)
+        logits, _ = self._step(shown, z)
         each = cross_entropy(logits.transpose(1, 2), words, ignore_index=PAD, reduction="none")
         return -each.sum(1).view(lead)
+
+    def _step(
+        self, words: Tensor, z: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`decoder.step` without padding and beginnings, which no sentence has: densities and draws are of one law."""
+        logits, state = self.decoder.step(words, z, state)
+        return logits.index_fill(-1, torch.tensor([PAD, BEGIN], device=logits.device), _NEVER), state
 
     def sample(self, sample_shape: torch.Size = _ONE) -> Tensor:
         """`[*sample_shape, *batch, T]`, int64."""
@@ -83,9 +91,8 @@ class SentenceDistribution(TorchDistribution):
             ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
             found = torch.full((len(z), self.length), PAD, device=z.device)
             for t in range(self.length):
-                logits, state = self.decoder.step(word, z, state)
-                logits = logits[:, -1].index_fill(1, torch.tensor([PAD, BEGIN], device=z.device), -torch.inf)
-                word = torch.distributions.Categorical(logits=logits).sample().unsqueeze(1)
+                logits, state = self._step(word, z, state)
+                word = torch.distributions.Categorical(logits=logits[:, -1]).sample().unsqueeze(1)
                 found[:, t] = torch.where(ended, torch.full_like(word[:, 0], PAD), word[:, 0])
                 ended |= word[:, 0] == END
                 if ended.all():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from guides_registry import GUIDES
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
 from pyrovae import fit, guides, handlers, losses
@@ -427,6 +428,12 @@ def test_what_cannot_be_said_is_said_so():
     joint = guides.Amortized(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), None, plate=None)
     with pytest.raises(IncompatibleError, match="plate=None"):
         losses.InfoVAE().loss(joint.model, joint)
+
+
+def test_mae_of_points_is_refused():
+    model, _ = pair()
+    with pytest.raises(IncompatibleError, match="this guide has none"):
+        losses.MutualPosteriorDivergence().loss(model, AutoDelta(model), data())
 
 
 def test_curves_are_named_for_what_they_are():

@@ -65,17 +65,23 @@ class MutualPosteriorDivergence(RegularisedELBO):
         self.eta, self.gamma = eta, gamma
 
     def _penalty(self, model_trace: Any, guide_trace: Any) -> Tensor:
-        total: Any = 0.0
+        total, compared = torch.zeros(()), False
         for name, site in guide_trace.nodes.items():
             if site["type"] != "sample" or site_is_subsample(site) or isinstance(site["fn"], Unit | Scored):
                 continue  # plates, factors, and draws whose density is another site's
             pairs = pair_divergences(*_gaussian(name, site["fn"]))
+            compared = True
             count = len(pairs)
             total = total + self.eta * softplus(-pairs.mean(0)).sum() if count else total
             if self.gamma and count > 2:
                 spread = pairs.sum(-1).var()
                 total = total + self.gamma * (spread + 1e-12).sqrt()  # at equal pairs the root alone has no gradient
-        return torch.as_tensor(total)
+        if not compared:
+            raise IncompatibleError(
+                "MAE compares Gaussian posteriors, but this guide has none: take guides.Amortized with a Gaussian "
+                "family or a flow"
+            )
+        return total
 
 
 def pair_divergences(loc: Tensor, log_var: Tensor) -> Tensor:

@@ -52,32 +52,23 @@ def test_padding_counts_for_nothing(dtype):
 
 
 def test_sentences_are_normalised():
-    """All sentences of at most two words and an end, and all that go on, sum to one."""
+    """Every sentence of at most two words, and every one cut at three, once: they sum to one; one of them by hand."""
     torch.manual_seed(0)
     decoder = LSTMDecoder(5, D, embedding=4, hidden=8).double()
     z = torch.randn(2, D).double()
     q = SentenceDistribution(decoder, z, 3)
-    rows = [torch.tensor(row) for row in itertools.product(range(5), repeat=3)]
-    # Index 0 is padding: a sentence that goes on with it is no sentence, so its mass is looked at apart.
-    whole = [row for row in rows if PAD not in row.tolist()]
-    logits, _ = decoder.step(torch.full((2, 1), BEGIN), z)
-    first = torch.log_softmax(logits[:, 0], -1)
-    total = torch.stack([q.log_prob(row) for row in whole]).exp().sum(0)
-    by_hand = torch.zeros(2).double()
-    for row in whole:
-        shown = torch.cat([torch.tensor([BEGIN]), row[:-1]]).expand(2, -1)
-        each = torch.log_softmax(decoder(shown, z), -1)
-        by_hand += sum(each[:, t, row[t]] for t in range(3)).exp()
-    torch.testing.assert_close(total, by_hand)
-    short = q.log_prob(torch.tensor([END, PAD, PAD]))
-    torch.testing.assert_close(short, first[:, END])
+    words = [UNKNOWN, 4]
+    rows = [[END, PAD, PAD], *([a, END, PAD] for a in words)]
+    rows += [[a, b, c] for a, b in itertools.product(words, repeat=2) for c in (*words, END)]
+    total = torch.stack([q.log_prob(torch.tensor(row)) for row in rows]).exp().sum(0)
+    torch.testing.assert_close(total, torch.ones(2).double())
+    each = torch.log_softmax(decoder(torch.tensor([[BEGIN, 4], [BEGIN, 4]]), z)[..., 2:], -1)
+    torch.testing.assert_close(q.log_prob(torch.tensor([4, END, PAD])), each[:, 0, 4 - 2] + each[:, 1, END - 2])
 
 
 def test_draws_end_and_follow_the_probabilities():
     torch.manual_seed(0)
     decoder = LSTMDecoder(6, D, embedding=4, hidden=8).double()
-    with torch.no_grad():
-        decoder.out.bias[:2] = -30.0  # padding and beginnings have no mass, as after training
     z = torch.randn(1, D).double()
     draws = SentenceDistribution(decoder, z, 4).sample(torch.Size([6000]))[:, 0]
     assert draws.shape == (6000, 4)
@@ -157,7 +148,7 @@ def test_a_language_model_learns_and_perplexity_is_its_formula():
     torch.manual_seed(0)
     model = TextVAE(LSTMDecoder(len(vocabulary), 1, embedding=8, hidden=16), 1, max_length=8)
     guide = guides.Amortized(model, LSTMEncoder(len(vocabulary), 2, embedding=8, hidden=16))
-    fit(model, guide, data.tokens, epochs=40, batch_size=64, optimizer=Adam(lr=0.01), progress=False)
+    fit(model, guide, data.tokens, epochs=120, batch_size=64, optimizer=Adam(lr=0.01), progress=False)
     bound = evidence.iwae(model, guide, data.tokens, num_samples=50)
     assert bound.mean == pytest.approx(-math.log(4), abs=0.1)
     expected = math.exp(-float(bound.values.sum()) / int(data.lengths.sum()))
