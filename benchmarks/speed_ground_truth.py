@@ -20,7 +20,7 @@ from torch import Tensor
 from pyrovae import evidence, fit, guides, reference
 from pyrovae.comparison.recipes import build_guide, build_model
 from pyrovae.diagnose import ess_bulk, split_rhat
-from pyrovae.latents import LatentSpace
+from pyrovae.latents import _PIECE, LatentSpace
 from pyrovae.models import VAE
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.samplers import batched
@@ -112,6 +112,7 @@ def iwae_lines(options: Options, threads: int) -> list[Line]:
     model, x = vae(parts, "bernoulli").eval(), images("bernoulli")[:100]
     guide = guides.Amortized(model, parts.encoder)
     number, chunk = 5000, max(1, 64_000 // 5000)
+    piece = math.ceil(1000 / (1 + 1000 * chunk // _PIECE))  # as `LogJoint` cuts a block of 1,000 draws
 
     def bare(piece: int) -> Tensor:
         values = []
@@ -131,7 +132,7 @@ def iwae_lines(options: Options, threads: int) -> list[Line]:
                 values.append(torch.logsumexp(torch.cat(pieces).double(), 0) - math.log(number))
         return torch.cat(values)
 
-    works = (lambda: evidence.iwae(model, guide, x, num_samples=number), lambda: bare(1000), lambda: bare(167))
+    works = (lambda: evidence.iwae(model, guide, x, num_samples=number), lambda: bare(1000), lambda: bare(piece))
     times: tuple[list[float], ...] = ([], [], [])
     for turn in range(1 + (options.repeats or 3)):
         for kept, work in zip(times, works, strict=True):
