@@ -10,15 +10,20 @@ if __name__ == "models":  # imported from the repository root: be the same packa
             sys.modules[_name.removeprefix("pyrovae.")] = _module
 else:
     from pyrovae.models.ladder_vae import LadderVAE
+    from pyrovae.models.language_model import LanguageModel, no_latents
     from pyrovae.models.pixelcnn_vae import LossyVAE, PixelCNNVAE
     from pyrovae.models.ppca import PPCA
     from pyrovae.models.text_vae import TextVAE
     from pyrovae.models.vae import VAE
     from pyrovae.models.vlac import VLAC
 
+    # Models with latents for a guide to infer.
     REGISTRY = {
         "vae": VAE, "ppca": PPCA, "ladder": LadderVAE, "vlac": VLAC, "pixelcnn": PixelCNNVAE, "lossy": LossyVAE,
         "text": TextVAE,
     }  # fmt: skip
 
-    __all__ = ["PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LossyVAE", "PixelCNNVAE", "TextVAE"]
+    __all__ = [
+        "PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LanguageModel", "LossyVAE", "PixelCNNVAE", "TextVAE",
+        "no_latents",
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ __all__ = ["GuideTraits", "LossTraits", "ModelTraits", "compatible", "require_co
 class ModelTraits:
     """latents: what kind of latent variables remain for a guide."""
 
-    latents: Literal["continuous", "discrete", "mixed"] = "continuous"
+    latents: Literal["continuous", "discrete", "mixed", "none"] = "continuous"
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
     m: ModelTraits | None = getattr(model, "traits", None)
     g: GuideTraits | None = getattr(guide, "traits", None)
     t: LossTraits | None = getattr(loss() if isinstance(loss, partial) else loss, "traits", None)
+    if m and g and m.latents == "none":
+        return f"the model has no latents, so {g.name} has nothing to infer: train it with guide=models.no_latents"
     if m and g and m.latents not in g.latents:
         return f"{g.name} treats {' and '.join(g.latents)} latents, but the model's are {m.latents}"
     if not (g and t):

@@ -7,7 +7,7 @@ guide has its entropy in an auxiliary site and a factor that a scale around the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from pyro import poutine
 from pyro.distributions import Unit
 
-__all__ = ["LinearSchedule", "anneal", "kl_weight"]
+__all__ = ["ExponentialSchedule", "KLSchedule", "LinearSchedule", "anneal", "kl_weight"]
 
 _weights: list[float] = []
 
@@ -91,4 +91,26 @@ class LinearSchedule:
         return self.start + (self.end - self.start) * min(1.0, step / self.steps)
 
 
-Schedule = Callable[[int], float]
+@dataclass(frozen=True)
+class ExponentialSchedule:
+    """KL weight 1 - exp(-t / `time`) at optimiser step t, and 1 from where that passes 0.99 (Zhao, Song & Ermon 2017).
+
+    So a run ends at the objective it is judged by.
+    """
+
+    time: float = 2000.0
+
+    def __post_init__(self) -> None:
+        if not self.time > 0:
+            raise ValueError(f"time must be positive, got {self.time}")
+
+    @property
+    def steps(self) -> int:
+        """The first step at weight 1."""
+        return math.ceil(self.time * math.log(100))
+
+    def __call__(self, step: int) -> float:
+        return 1.0 if step >= self.steps else -math.expm1(-step / self.time)
+
+
+KLSchedule = LinearSchedule | ExponentialSchedule

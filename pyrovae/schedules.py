@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.compat import require_compatible
-from pyrovae.errors import IncompatibleError
+from pyrovae.errors import DataError, IncompatibleError
 from pyrovae.losses.recursive import RecursiveELBO
 
-__all__ = ["Block", "DeepFirst", "RecursiveSchedule", "Schedule"]
+__all__ = ["AggressiveEncoder", "Block", "Blocks", "DeepFirst", "RecursiveSchedule", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,49 @@ class Block:
         loss: a Pyro loss; its gradient for other parameters is dropped.
         parameters: ids of those that move; with `others`, of those that do not.
         others: everything but `parameters` moves.
+        fresh: takes another random batch, not the step's own.
     """
 
     loss: Any
     parameters: frozenset[int]
     others: bool = False
+    fresh: bool = False
 
     def owns(self, parameter: Tensor) -> bool:
         return (id(parameter) in self.parameters) != self.others
 
 
-class Schedule(Protocol):
+# The updates of one training step; each is answered by its loss, per value of the batch's first tensor.
+Blocks = Generator[Block, float, None]
+
+
+class Schedule:
     """What `fit` asks of one."""
 
     def require(self, guide: Any, loss: Any) -> None:
         """Raise when guide and loss are not what it is for."""
 
-    def blocks(self, guide: Any, loss: Any, step: int) -> Iterator[Block]:
-        """The updates of one training step; a function of the step alone, so that a resumed run can go on."""
+    def start(self, validation: tuple[Tensor, ...] | None) -> None:
+        """Before the first step of a run: forget earlier ones."""
+
+    def blocks(self, guide: Any, loss: Any, step: int) -> Blocks:
+        """The updates of one training step, the last one on the step's own batch; they follow from the step and what
+        `state_dict` holds, so that a resumed run can go on."""
+        raise NotImplementedError
+
+    def end_epoch(self, model: Any, guide: Any) -> None:
+        """After every epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
 
 
 @dataclass(frozen=True)
-class RecursiveSchedule:
+class RecursiveSchedule(Schedule):
     """Kim & Pavlovic 2020: on every batch component 0, component 1, ..., the mixing weights, the model.
 
     Every block sees what the blocks before it have just become. For `fit(..., schedule=RecursiveSchedule())` with a
@@ -68,7 +89,7 @@ class RecursiveSchedule:
             raise IncompatibleError("RecursiveSchedule goes with losses.RecursiveELBO: pass it, or leave loss out")
         require_compatible(None, guide, loss)
 
-    def blocks(self, guide: Any, loss: RecursiveELBO, step: int) -> Iterator[Block]:
+    def blocks(self, guide: Any, loss: RecursiveELBO, step: int) -> Blocks:
         """The updates of one training step; the last one's loss is the mixture's."""
         *components, weights = [frozenset(map(id, block)) for block in guide.blocks()]
         for number, parameters in enumerate(components):
@@ -79,7 +100,7 @@ class RecursiveSchedule:
 
 
 @dataclass(frozen=True)
-class DeepFirst:
+class DeepFirst(Schedule):
     """Latent groups one after another, the deepest first (Li, Murugesan, Zhang & Chen 2020).
 
     Group l of a `LadderVAE` reaches the decoder with a share that rises linearly from 0 to 1. Without it the shallow
@@ -107,8 +128,94 @@ class DeepFirst:
         starts = [(groups - 1 - level) * self.stage for level in range(groups)]
         return [1.0 if start == 0 else min(1.0, max(0.0, (step - start) / self.fade)) for start in starts]
 
-    def blocks(self, guide: Any, loss: Any, step: int) -> Iterator[Block]:
+    def blocks(self, guide: Any, loss: Any, step: int) -> Blocks:
         fade = guide.model.fade
         with torch.no_grad():
             fade.copy_(torch.tensor(self.shares(step, len(fade)), dtype=fade.dtype))
         yield Block(loss, frozenset(), others=True)
+
+
+@dataclass
+class AggressiveEncoder(Schedule):
+    """Updates of the guide until it stops to improve, before each one of the model (He, Spokoyny, Neubig &
+    Berg-Kirkpatrick 2019).
+
+    A posterior that lags behind the model's is what lets a strong decoder forget the latents in the first epochs. Once
+    the mutual information of held-out data and latents no longer rises, both train together. For
+    `fit(..., schedule=AggressiveEncoder(), validation=...)`.
+
+    Args:
+        max_updates: of the guide, at most, in one step: the first on the step's own batch, the others on fresh ones.
+        window: updates whose mean loss is compared with that of as many before.
+        patience: epochs whose mutual information is not the best so far, in all, until the guide's lead ends. The
+            published choice is 1 for text and 5 for images.
+        num_data: held-out data that the mutual information is taken on, at most; it cannot exceed their logarithm.
+
+    Attributes:
+        active: whether the guide still leads; after training, whether it did to the end.
+        information: mutual information after each epoch that it led, nats.
+    """
+
+    max_updates: int = 100
+    window: int = 10
+    patience: int = 1
+    num_data: int = 1000
+    active: bool = field(default=True, init=False, repr=False)
+    information: list[float] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("max_updates", "window", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_data < 2:
+            raise ValueError(f"num_data must be at least 2, got {self.num_data}: one datum tells nothing apart")
+        self._held_out: tuple[Tensor, ...] = ()
+
+    def require(self, guide: Any, loss: Any) -> None:
+        traits = getattr(guide, "traits", None)
+        if traits is None or not traits.marginal or not any(p.requires_grad for p in guide.parameters()):
+            raise IncompatibleError(
+                "AggressiveEncoder trains the guide ahead of the model and watches the mutual information of its "
+                "posterior: take a guide with an encoder and a density, such as guides.Amortized"
+            )
+
+    def start(self, validation: tuple[Tensor, ...] | None) -> None:
+        if validation is None or len(validation[0]) < 2:
+            raise DataError(
+                "AggressiveEncoder ends when the mutual information on held-out data no longer rises: pass "
+                "validation=, at least two data"
+            )
+        self._held_out = tuple(tensor[: self.num_data] for tensor in validation)
+        self.active, self.information = True, []
+
+    def blocks(self, guide: Any, loss: Any, step: int) -> Blocks:
+        if not self.active:
+            yield Block(loss, frozenset(), others=True)
+            return
+        own = frozenset(map(id, guide.parameters()))
+        before, recent = float("inf"), []
+        for number in range(self.max_updates):
+            recent.append((yield Block(loss, own, fresh=number > 0)))
+            if len(recent) == self.window:
+                mean = sum(recent) / self.window
+                if mean > before:
+                    break
+                before, recent = mean, []
+        yield Block(loss, own, others=True)
+
+    def end_epoch(self, model: Any, guide: Any) -> None:
+        if not self.active:
+            return
+        from pyrovae.diagnose.collapse import mutual_information  # the one schedule that looks at a trained guide
+
+        self.information.append(mutual_information(model, guide, *self._held_out))
+        best, worse = -float("inf"), 0
+        for value in self.information:
+            best, worse = max(best, value), worse + (value <= best)
+        self.active = worse < self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "information": list(self.information)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.active, self.information = state["active"], list(state["information"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -28,12 +28,16 @@ from pyrovae import checkpoint as ckpt
 from pyrovae import handlers, losses, noise, store
 from pyrovae.compat import require_compatible
 from pyrovae.diverged import diagnose_nan
-from pyrovae.errors import CheckpointError, DataError, ParameterCollision, PlateError, TrainingDiverged
+from pyrovae.errors import CheckpointError, ParameterCollision, PlateError, TrainingDiverged
+from pyrovae.minibatches import Rows
 from pyrovae.optim import Adam
 from pyrovae.plates import read_plate
 from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.runtime import evaluating, modules_of, preserve_rng, seeded
 from pyrovae.schedules import Block, Schedule
+
+if TYPE_CHECKING:
+    from pyrovae.data.text import Sentences
 
 __all__ = ["FitResult", "fit"]
 
@@ -92,7 +96,7 @@ class _Progress:
 def fit(
     model: Callable[..., Any],
     guide: Any,
-    data: Tensor | tuple[Tensor, ...],
+    data: Tensor | tuple[Tensor, ...] | Sentences,
     *,
     loss: Any = None,
     optimizer: Any = None,
@@ -101,8 +105,8 @@ def fit(
     max_steps: int | None = None,
     batch_size: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
-    kl_weight: float | handlers.LinearSchedule = 1.0,
-    validation: Tensor | tuple[Tensor, ...] | None = None,
+    kl_weight: float | handlers.KLSchedule = 1.0,
+    validation: Tensor | tuple[Tensor, ...] | Sentences | None = None,
     patience: int | None = None,
     max_norm: float | None = None,
     seed: int | None = 0,
@@ -115,7 +119,8 @@ def fit(
     """Train model and guide with stock SVI.
 
     Args:
-        data: a tensor `[N, ...]` or a tuple of them; rows are mini-batched and passed as positional arguments.
+        data: a tensor `[N, ...]` or a tuple of them; rows are mini-batched and passed as positional arguments. Or
+            `pyrovae.data.Sentences`: batches are then of about one length each, without needless padding.
         batch_size: rows per step; 128 by default, all rows for a guide in joint mode (`plate=None`).
         loss: a Pyro loss; by default the ELBO (stratified for mixtures, recursive for recursive ones, E_q log p(x,z)
             for guides without density).
@@ -123,7 +128,8 @@ def fit(
             a fresh one. A scheduler steps once per epoch (`ReduceLROnPlateau` on minus the held-out, else the training
             objective).
         schedule: stages of training (`pyrovae.schedules`): blocks of parameters that take turns within every step, each
-            by its own objective, or latent groups that come in one by one. None steps all at once.
+            by its own objective, latent groups that come in one by one, or a guide trained ahead of the model. None
+            steps all at once.
         epochs, max_steps: when to stop; with both, whichever comes first. Default 50 epochs.
         transform: applied to the first tensor of every training batch (dynamic binarisation).
         kl_weight: a number, or a schedule over steps; its final value is recorded, and a run that ends before its
@@ -147,25 +153,26 @@ def fit(
         ParameterCollision: a bare parameter's name is taken in the caller's store.
         IncompatibleError: model, guide and loss do not go together.
     """
-    tensors = data if isinstance(data, tuple) else (data,)
-    held_out = validation if validation is None or isinstance(validation, tuple) else (validation,)
-    _check(tensors, held_out, kl_weight, max_norm, checkpoint, {
+    rows = Rows(data)
+    held_out = None if validation is None else Rows(validation, "validation")
+    _check(held_out, kl_weight, max_norm, checkpoint, {
         "batch_size": batch_size, "epochs": epochs, "max_steps": max_steps, "patience": patience,
         "checkpoint_every": checkpoint_every,
     })  # fmt: skip
     if batch_size is None:
-        batch_size = len(tensors[0]) if getattr(guide, "plate", "data") is None else 128
+        batch_size = len(rows) if getattr(guide, "plate", "data") is None else 128
     loss = default_loss(guide) if loss is None else loss
     require_compatible(model, guide, loss)
     if schedule is not None:
         schedule.require(guide, loss)
+        schedule.start(None if held_out is None else held_out.tensors)
     optimizer = Adam(lr=1e-3) if optimizer is None else optimizer
     if optimizer.optim_objs:
         raise ValueError("the optimiser has stepped parameters before: pass a fresh one")
     epochs = 50 if epochs is None and max_steps is None else epochs
     began = time.perf_counter()
     outer = pyro.get_param_store()._params.copy()
-    run = _Run(model, guide, tensors, loss, optimizer, schedule, batch_size, transform, kl_weight, max_norm)
+    run = _Run(model, guide, rows, loss, optimizer, schedule, batch_size, transform, kl_weight, max_norm)
     path = Path(checkpoint) if checkpoint is not None else None
     state: dict[str, Any] = {}
     try:
@@ -186,7 +193,7 @@ def fit(
         objective=run.objective, steps=where.step, epochs=where.epoch, curve=where.curve,
         validation=where.validation, best_epoch=where.best_epoch if where.best_state is not None else where.epoch,
         kl_weight=final, seconds=time.perf_counter() - began, state=state,
-        provenance=Provenance.of_call(tensors, {}, num_data=len(tensors[0]), seed=seed, split="train", kl_weight=final),
+        provenance=Provenance.of_call(rows.tensors, {}, num_data=len(rows), seed=seed, split="train", kl_weight=final),
     )  # fmt: skip
 
 
@@ -206,10 +213,10 @@ class _Run:
     """One training run inside its own store."""
 
     def __init__(
-        self, model: Any, guide: Any, tensors: tuple[Tensor, ...], loss: Any, optimizer: Any,
+        self, model: Any, guide: Any, data: Rows, loss: Any, optimizer: Any,
         schedule: Schedule | None, batch_size: int, transform: Any, kl_weight: Any, max_norm: float | None,
     ) -> None:  # fmt: skip
-        self.model, self.guide, self.tensors, self.loss, self.optimizer = model, guide, tensors, loss, optimizer
+        self.model, self.guide, self.data, self.loss, self.optimizer = model, guide, data, loss, optimizer
         self.schedule, self.batch_size, self.transform = schedule, batch_size, transform
         self.kl_weight, self.max_norm = kl_weight, max_norm
         self.svi = SVI(model, guide, optimizer, loss)
@@ -217,9 +224,9 @@ class _Run:
         self.bare: list[str] = []
         self.buffers = [b for module in modules_of(model, guide) for b in module.buffers()]
         self.joint = getattr(guide, "plate", "data") is None
-        if self.joint and batch_size < len(tensors[0]):
+        if self.joint and batch_size < len(data):
             raise ValueError(
-                f"a guide with plate=None takes all data as one datum: pass batch_size={len(tensors[0])} or more"
+                f"a guide with plate=None takes all data as one datum: pass batch_size={len(data)} or more"
             )
 
     @property
@@ -236,7 +243,7 @@ class _Run:
         modules = modules_of(self.model, self.guide)
         frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
         return {
-            "data": fingerprint(self.tensors), "batch_size": self.batch_size,
+            "data": fingerprint(self.data.tensors), "batch_size": self.batch_size,
             "seed": -1 if seed is None else seed, "set_of_frozen_weights": fingerprint(frozen),
             "schedule": repr(self.schedule),
         }  # fmt: skip
@@ -246,7 +253,7 @@ class _Run:
         # Pyro's store switches requires_grad on for a PyroModule's own parameters; `evaluating` gives the flags back,
         # so what the caller froze stays frozen.
         with preserve_rng(), torch.no_grad(), poutine.block(), evaluating(self.model, self.guide):
-            rows = self._batch(slice(0, self.batch_size))
+            rows = self._batch(torch.arange(min(self.batch_size, len(self.data))))
             self.guide(*rows)
             self.model(*rows)
         modules = [part for part in (self.model, self.guide) if isinstance(part, torch.nn.Module)]
@@ -264,9 +271,9 @@ class _Run:
             )
         self.bare = bare
 
-    def _batch(self, index: Tensor | slice) -> tuple[Tensor, ...]:
+    def _batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """Rows of the training data, transformed."""
-        first, *rest = (tensor[index] for tensor in self.tensors)
+        first, *rest = self.data.take(index)
         return (first if self.transform is None else self.transform(first), *rest)
 
     def restore(self, content: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
@@ -280,6 +287,8 @@ class _Run:
         ckpt.restore_optimizer(self.optimizer, self.model, self.guide, content["optimizer"])
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(content["loss"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(content["schedule"])
         ckpt.restore_rng(content["rng"])
         self.at = _Progress(**{**content["at"], "validation": [tuple(item) for item in content["at"]["validation"]]})
 
@@ -291,10 +300,11 @@ class _Run:
             "state": ckpt.snapshot_modules(self.model, self.guide),
             "optimizer": ckpt.snapshot_optimizer(self.optimizer, self.model, self.guide),
             "loss": self.loss.state_dict() if hasattr(self.loss, "state_dict") else {},
+            "schedule": {} if self.schedule is None else self.schedule.state_dict(),
         })  # fmt: skip
 
     def loop(
-        self, epochs: int | None, max_steps: int | None, held_out: tuple[Tensor, ...] | None, patience: int | None,
+        self, epochs: int | None, max_steps: int | None, held_out: Rows | None, patience: int | None,
         path: Path | None, every: int | None, identity: dict[str, Any], progress: bool, description: str | None,
     ) -> float:  # fmt: skip
         """Train to the end; returns the last KL weight."""
@@ -303,12 +313,12 @@ class _Run:
         else:  # tqdm.auto warns in notebooks that lack widgets, even for a bar that is never shown
             from tqdm import tqdm
 
-        at, size = self.at, len(self.tensors[0])
+        at, size = self.at, len(self.data)
         per_epoch = -(-size // self.batch_size)
         total = min(n for n in (None if epochs is None else epochs * per_epoch, max_steps) if n is not None)
         label = description or getattr(getattr(self.guide, "traits", None), "name", type(self.guide).__name__)
         beta = self._beta(max(0, at.step - 1))
-        if isinstance(self.kl_weight, handlers.LinearSchedule) and total < self.kl_weight.steps:
+        if isinstance(self.kl_weight, handlers.KLSchedule) and total < self.kl_weight.steps:
             warnings.warn(
                 f"the KL schedule takes {self.kl_weight.steps} steps but training stops at step {total}, with a KL "
                 f"weight of {self._beta(total - 1):g}: train longer or shorten the schedule", stacklevel=3,
@@ -317,7 +327,7 @@ class _Run:
         with bar:
             while at.step < total and not self._stopped(patience):
                 if at.position == 0:
-                    at.permutation, at.epoch_sum = torch.randperm(size), 0.0
+                    at.permutation, at.epoch_sum = self.data.order(self.batch_size), 0.0
                 index = at.permutation[at.position : at.position + self.batch_size]
                 beta = self._beta(at.step)
                 at.epoch_sum -= self._step(index, beta)
@@ -346,10 +356,17 @@ class _Run:
     def _step(self, index: Tensor, beta: float) -> float:
         """One step, of all parameters or block by block; returns the loss summed over rows."""
         rows = self._batch(index)
-        blocks = [None] if self.schedule is None else self.schedule.blocks(self.guide, self.loss, self.at.step)
-        for block in blocks:
-            loss = self._update(rows, beta, block)
-        return loss * self._rows_over_data(rows)
+        if self.schedule is None:
+            return self._update(rows, beta, None) * self._rows_over_data(rows)
+        turns = self.schedule.blocks(self.guide, self.loss, self.at.step)
+        block = next(turns)
+        while True:
+            here = self._batch(self.data.order(self.batch_size)[: self.batch_size]) if block.fresh else rows
+            loss = self._update(here, beta, block) * self._rows_over_data(here)
+            try:
+                block = turns.send(loss / here[0].numel())
+            except StopIteration:
+                return loss
 
     def _update(self, rows: tuple[Tensor, ...], beta: float, block: Block | None) -> float:
         """`svi.step`, with a look at the numbers before the optimiser moves."""
@@ -390,7 +407,7 @@ class _Run:
             return 1.0
         return plate.size / plate.full_size
 
-    def _end_epoch(self, size: int, held_out: tuple[Tensor, ...] | None, patience: int | None) -> None:
+    def _end_epoch(self, size: int, held_out: Rows | None, patience: int | None) -> None:
         at = self.at
         at.curve.append(at.epoch_sum / (1 if self.joint else size))
         at.epoch, at.position = at.epoch + 1, 0
@@ -402,11 +419,13 @@ class _Run:
             self.optimizer.step(*[-latest] if plateau else [])
         if held_out is not None:
             self._watch(latest, patience)
+        if self.schedule is not None:
+            self.schedule.end_epoch(self.model, self.guide)
 
     def _watch(self, value: float, patience: int | None) -> None:
         """Early stopping."""
         at = self.at
-        if isinstance(self.kl_weight, handlers.LinearSchedule) and at.step < self.kl_weight.steps:
+        if isinstance(self.kl_weight, handlers.KLSchedule) and at.step < self.kl_weight.steps:
             return  # the model is still moving towards the objective it will be judged by
         if value > at.best:
             at.best, at.best_epoch, at.waited = value, at.epoch, 0
@@ -415,36 +434,24 @@ class _Run:
         else:
             at.waited += 1
 
-    def _evaluate(self, held_out: tuple[Tensor, ...]) -> float:
+    def _evaluate(self, held_out: Rows) -> float:
         """Held-out objective at KL weight 1, nats per datum, with the same noise every time."""
-        size, total = len(held_out[0]), 0.0
-        if self.joint:
-            with torch.no_grad(), preserve_rng(), evaluating(self.model, self.guide), noise.per_datum(0, [0]):
-                torch.manual_seed(0)
-                return -float(self.loss.loss(self.model, self.guide, *held_out))
+        total = 0.0
         with torch.no_grad(), preserve_rng(), evaluating(self.model, self.guide):
             torch.manual_seed(0)
-            for start in range(0, size, self.batch_size):
-                rows = tuple(tensor[start : start + self.batch_size] for tensor in held_out)
-                with noise.per_datum(0, range(start, start + len(rows[0]))):
+            if self.joint:
+                with noise.per_datum(0, [0]):
+                    return -float(self.loss.loss(self.model, self.guide, *held_out.tensors))
+            for index in held_out.in_order(self.batch_size):
+                rows = held_out.take(index)
+                with noise.per_datum(0, index.tolist()):
                     total -= float(self.loss.loss(self.model, self.guide, *rows)) * self._rows_over_data(rows)
-        return total / size
+        return total / len(held_out)
 
 
 def _check(
-    data: tuple[Tensor, ...], held_out: tuple[Tensor, ...] | None, kl_weight: Any, max_norm: float | None,
-    checkpoint: Any, counts: dict[str, int | None],
-) -> None:  # fmt: skip
-    for what, tensors in {"data": data, "validation": held_out}.items():
-        if tensors is None:
-            continue
-        if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
-            raise TypeError(f"{what} must be a tensor [N, ...] or a tuple of them (of a data set: images.train)")
-        sizes = {len(t) for t in tensors}
-        if len(sizes) != 1 or 0 in sizes:
-            raise DataError(f"the {what} tensors must have the same, positive number of rows, got {sorted(sizes)}")
-        if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in tensors):
-            raise DataError(f"{what} has NaN or infinite values: clean or mask them before training")
+    held_out: Rows | None, kl_weight: Any, max_norm: float | None, checkpoint: Any, counts: dict[str, int | None]
+) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -454,5 +461,8 @@ def _check(
         raise ValueError("checkpoint_every needs a file to write: pass checkpoint=...")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    if not isinstance(kl_weight, int | float | handlers.LinearSchedule):
-        raise TypeError(f"kl_weight must be a number or a handlers.LinearSchedule, got {type(kl_weight).__name__}")
+    if not isinstance(kl_weight, int | float | handlers.KLSchedule):
+        raise TypeError(
+            "kl_weight must be a number, a handlers.LinearSchedule or a handlers.ExponentialSchedule, got "
+            f"{type(kl_weight).__name__}"
+        )

@@ -75,7 +75,7 @@ class Sentences:
 
     Attributes:
         tokens: ``[N, T]``, int64.
-        lengths: ``[N]``, the end counted.
+        lengths: ``[N]``, the end counted; on the CPU.
     """
 
     tokens: Tensor
@@ -87,24 +87,43 @@ class Sentences:
     def __repr__(self) -> str:
         return f"Sentences({len(self)}, {int(self.lengths.sum())} tokens, longest {int(self.lengths.max())})"
 
+    def __getitem__(self, index: slice) -> Sentences:
+        """Some sentences, `sentences[:100]`."""
+        return Sentences(self.tokens[index], self.lengths[index])
+
+    def to(self, device: torch.device | str) -> Sentences:
+        """The same, words on another device."""
+        return Sentences(self.tokens.to(device), self.lengths)
+
     def rows(self, index: Tensor) -> Tensor:
         """Some sentences, ``[B, longest of them]``."""
         return self.tokens[index, : int(self.lengths[index].max())]
+
+    def order(self, batch_size: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """A random order `[N]` whose batches, one after another, are of about one length each; the ragged one is last.
+
+        The ragged batch is cut out anywhere, lest the longest sentences always come in one batch at the end.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        mixed = torch.randperm(len(self), generator=generator)
+        sorted_ = mixed[self.lengths[mixed].argsort(stable=True)]
+        rest = len(self) % batch_size
+        cut = int(torch.randint(len(self) - rest + 1, (), generator=generator))
+        whole = torch.cat([sorted_[:cut], sorted_[cut + rest :]]).view(-1, batch_size)
+        return torch.cat([whole[torch.randperm(len(whole), generator=generator)].flatten(), sorted_[cut : cut + rest]])
 
     def batches(self, batch_size: int, *, seed: int | None = None) -> list[Tensor]:
         """Indices of batches of about one length: little padding, every sentence once, the last batch ragged.
 
         Args:
-            seed: of the order; None leaves sentences of one length, and batches, in their order.
+            seed: of the order; None goes from short to long.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed is None:
             return list(self.lengths.argsort(stable=True).split(batch_size))
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator)
-        batches = order[self.lengths[order].argsort(stable=True)].split(batch_size)
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return list(self.order(batch_size, generator=torch.Generator().manual_seed(seed)).split(batch_size))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -30,7 +30,7 @@ from pyrovae.losses.base import require_pair
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.store import isolated
 
-__all__ = ["Information", "information"]
+__all__ = ["Information", "information", "mutual_information"]
 
 _ACTIVE = 0.01
 _BLOCK = 2_000_000  # densities evaluated at once
@@ -110,6 +110,32 @@ def information(
         mutual_information=_mutual_information(model, guide, u[:10], args, kwargs), cap=math.log(u.shape[1]),
         mean_variance=(between - noise).clamp_min(0),
     )  # fmt: skip
+
+
+def mutual_information(
+    model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 10, seed: int = 0, chunk: int = 256,
+    **kwargs: Any,
+) -> float:  # fmt: skip
+    """I alone, in nats, without a run of the model's likelihood; at most log N of the N data given.
+
+    Args:
+        num_samples: draws per datum, N densities at each.
+        seed, chunk: as in `evidence.log_weights`.
+
+    Raises:
+        NoDensityError: the guide's posterior has no density in closed form.
+    """
+    require_pair(model, guide, None)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    u = per_chunk(
+        lambda *some, **named: guide.draws(num_samples, *some, **named), (model, guide), args, kwargs,
+        plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk,
+    )  # fmt: skip
+    found = _mutual_information(model, guide, u, args, kwargs)
+    if found is None:
+        raise NoDensityError(f"{guide!r} has no posterior density in closed form, so its mutual information is unknown")
+    return found
 
 
 def _mutual_information(

@@ -37,15 +37,21 @@ class LSTMDecoder(nn.Module):
 
     Args:
         vocabulary: number of words.
-        latent_dim: D.
+        latent_dim: D; 0 for a language model, whose first state is learned.
         embedding, hidden: sizes.
+        dropout: of the words' embeddings and of the states, in training.
     """
 
-    def __init__(self, vocabulary: int, latent_dim: int, *, embedding: int = 64, hidden: int = 128) -> None:
+    def __init__(
+        self, vocabulary: int, latent_dim: int, *, embedding: int = 64, hidden: int = 128, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.vocabulary, self.hidden = vocabulary, hidden
+        if latent_dim < 0:
+            raise ValueError(f"latent_dim must not be negative, got {latent_dim}")
+        self.vocabulary, self.latent_dim, self.hidden = vocabulary, latent_dim, hidden
         self.embed = nn.Embedding(vocabulary, embedding, padding_idx=0)
-        self.start = nn.Linear(latent_dim, 2 * hidden)
+        self.start = nn.Linear(latent_dim, 2 * hidden) if latent_dim else _Learned(2 * hidden)
+        self.dropout = nn.Dropout(dropout)
         self.lstm = nn.LSTM(embedding + latent_dim, hidden, batch_first=True)
         self.out = nn.Linear(hidden, vocabulary)
 
@@ -59,8 +65,20 @@ class LSTMDecoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(logits of the word after each of `words: [B, T]`, state after the last)."""
         beside = z.unsqueeze(1).expand(-1, words.shape[1], -1)
-        found, state = self.lstm(torch.cat([self.embed(words), beside], -1), state or self.first_state(z))
-        return self.out(found), state
+        shown = torch.cat([self.dropout(self.embed(words)), beside], -1)
+        found, state = self.lstm(shown, state or self.first_state(z))
+        return self.out(self.dropout(found)), state
 
     def forward(self, words: Tensor, z: Tensor) -> Tensor:
         return self.step(words, z)[0]
+
+
+class _Learned(nn.Module):
+    """A linear map of no latents: its bias, `[B, 0] -> [B, size]`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.bias.expand(len(z), -1)
