@@ -12,6 +12,7 @@ else:
     from pyrovae.guides.amortized import Amortized
     from pyrovae.guides.base import DensityGuide, FamilyGuide, Guide
     from pyrovae.guides.boosted_vi import BoostedVI
+    from pyrovae.guides.classified import Classified
     from pyrovae.guides.dais import DAIS
     from pyrovae.guides.density_short_run import DensityShortRun
     from pyrovae.guides.escalating import Escalating
@@ -41,7 +42,7 @@ else:
     }
 
     __all__ = [
-        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "DensityGuide", "DensityShortRun", "Escalating",
-        "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized", "SemiDAIS",
-        "ShortRun", "tune_step_size",
+        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "Classified", "DensityGuide", "DensityShortRun",
+        "Escalating", "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized",
+        "SemiDAIS", "ShortRun", "tune_step_size",
     ]  # fmt: skip

@@ -52,7 +52,7 @@ class LanguageModel(PyroModule):
         if x is None and size is None:
             raise ValueError("call the model with sentences x, or with size=n to generate")
         if x is not None:
-            check_sentences(x)
+            check_sentences(x, self.decoder.vocabulary)
         number = len(x) if x is not None else int(size or 0)
         with pyro.plate("data", number):
             length = self.max_length if x is None else x.shape[1]
@@ -61,7 +61,7 @@ class LanguageModel(PyroModule):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), `[B]`, nats a sentence."""
-        check_sentences(x)
+        check_sentences(x, self.decoder.vocabulary)
         return self._sentences(len(x), x.shape[1]).log_prob(x)
 
     def _sentences(self, number: int, length: int) -> SentenceDistribution:

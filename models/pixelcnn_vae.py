@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyrovae.autoregressive import AutoregressiveFlow, AutoregressiveImages
 from pyrovae.compat import ModelTraits
 from pyrovae.errors import DataError
-from pyrovae.nets.masked import LocalPixelCNN
+from pyrovae.nets.masked import GreyContext, LocalPixelCNN, PixelCNN
 
 __all__ = ["LossyVAE", "PixelCNNVAE"]
 
@@ -95,10 +95,23 @@ class LossyVAE(PixelCNNVAE):
     Args:
         features, latent_dim, channels, pixels: as in `PixelCNNVAE`.
         num_features: feature maps F.
-        above, aside: of the window (`nets.LocalPixelCNN`).
+        window: what a pixel sees of the image: "exact", a rectangle (`nets.LocalPixelCNN`), or "stacked", what layers
+            of 3 x 3 reach, with a blind spot to the upper right (`nets.PixelCNN`).
+        context: "colour", or "grey" for the grey values alone of the window's pixels (three channels; the colours of
+            one pixel still follow one another). What is not shown is left to z.
+        above, aside, depth: of the exact window and its net; 2 each by default.
+        layers: L of the stacked window, which reaches L pixels up and to the left; 6 by default.
         outputs: parameters per pixel; one logit for each channel by default.
-        width, depth: of the window's net.
+        width: of the window's net.
         num_transforms, hidden: of the prior's flow; 0 transforms for N(0, I).
+
+    Example:
+        >>> from pyrovae.nets import LinearHeadDecoder
+        >>> features = LinearHeadDecoder(2, [8], (4, 3, 3))
+        >>> model = LossyVAE(features, 2, window="stacked", layers=2, context="grey", channels=3, pixels="logistic",
+        ...                  outputs=20)
+        >>> model(None, size=2).shape
+        torch.Size([2, 3, 3, 3])
     """
 
     def __init__(
@@ -107,19 +120,39 @@ class LossyVAE(PixelCNNVAE):
         latent_dim: int,
         *,
         num_features: int = 4,
-        above: int = 2,
-        aside: int = 2,
+        window: Literal["exact", "stacked"] = "exact",
+        context: Literal["colour", "grey"] = "colour",
+        above: int | None = None,
+        aside: int | None = None,
+        depth: int | None = None,
+        layers: int | None = None,
         channels: int = 1,
         pixels: Literal["bernoulli", "logistic"] = "bernoulli",
         outputs: int | None = None,
         width: int = 32,
-        depth: int = 2,
         num_transforms: int = 4,
         hidden: tuple[int, ...] = (64,),
     ) -> None:
-        net = LocalPixelCNN(
-            channels, channels if outputs is None else outputs, num_features, above=above, aside=aside, width=width,
-            depth=depth,
-        )  # fmt: skip
+        if context not in ("colour", "grey"):
+            raise ValueError(f"context must be 'colour' or 'grey', got {context!r}")
+        if context == "grey" and channels != 3:
+            raise ValueError(f"a grey context is of images with 3 channels, got channels={channels}")
+        shown, parameters = 1 if context == "grey" else channels, channels if outputs is None else outputs
+        net: nn.Module
+        if window == "exact":
+            if layers is not None:
+                raise ValueError("layers are of a stacked window: an exact one has sides, above=... and aside=...")
+            up, left, deep = (2 if side is None else side for side in (above, aside, depth))
+            net = LocalPixelCNN(shown, parameters, num_features, above=up, aside=left, width=width, depth=deep)
+        elif window == "stacked":
+            if any(side is not None for side in (above, aside, depth)):
+                raise ValueError("above, aside and depth are of an exact window: a stacked one has layers=...")
+            sizes = (3,) * (6 if layers is None else layers)
+            net = PixelCNN(shown, parameters, num_features, width=width, kernel_sizes=sizes)
+        else:
+            raise ValueError(f"window must be 'exact' or 'stacked', got {window!r}")
         prior = AutoregressiveFlow(latent_dim, num_transforms, hidden) if num_transforms else None
-        super().__init__(features, net, latent_dim, channels=channels, pixels=pixels, prior=prior)
+        super().__init__(
+            features, GreyContext(net) if context == "grey" else net, latent_dim, channels=channels, pixels=pixels,
+            prior=prior,
+        )  # fmt: skip

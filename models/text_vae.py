@@ -64,7 +64,7 @@ class SentenceDistribution(TorchDistribution):
             self._validate_sample(value)
         lead = torch.broadcast_shapes(value.shape[:-1], self.z.shape[:-1])
         words = value.expand(*lead, -1).reshape(-1, value.shape[-1])
-        z = self.z.expand(*lead, -1).reshape(-1, self.z.shape[-1])
+        z = self.z.expand(*lead, -1).reshape(len(words), self.z.shape[-1])
         shown = torch.cat([torch.full_like(words[:, :1], BEGIN), words[:, :-1]], 1)
         if self.dropout:
             # A mask of its own for every sentence; the beginning is always shown.
@@ -85,7 +85,7 @@ class SentenceDistribution(TorchDistribution):
     def sample(self, sample_shape: torch.Size = _ONE) -> Tensor:
         """`[*sample_shape, *batch, T]`, int64."""
         shape = self._extended_shape(sample_shape)
-        z = self.z.expand(*shape[:-1], -1).reshape(-1, self.z.shape[-1])
+        z = self.z.expand(*shape[:-1], -1).reshape(shape[:-1].numel(), self.z.shape[-1])
         with torch.no_grad():
             state, word = None, torch.full((len(z), 1), BEGIN, device=z.device)
             ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
@@ -135,7 +135,7 @@ class TextVAE(PyroModule):
         if x is None and size is None:
             raise ValueError("call the model with sentences x, or with size=n to generate")
         if x is not None:
-            check_sentences(x)
+            check_sentences(x, self.decoder.vocabulary)
         with pyro.plate("data", len(x) if x is not None else size):
             z = pyro.sample("z", dist.Normal(self.origin, torch.ones_like(self.origin)).to_event(1))
             length = self.max_length if x is None else x.shape[1]
@@ -144,13 +144,41 @@ class TextVAE(PyroModule):
             return found
 
 
-def check_sentences(x: Tensor) -> None:
-    """Raise `DataError` for what are no rows of indices."""
+def check_sentences(x: Tensor, vocabulary: int | None = None) -> None:
+    """Raise `DataError` for what are no rows of indices; where Pyro validates, also for rows that are no sentences.
+
+    A sentence is words and the end, then padding, or words up to the last column (cut). Rows that no draw can be have
+    no probability, yet a decoder would give them one: padding counts for nothing wherever it stands.
+
+    Args:
+        x: `[B, T]`.
+        vocabulary: number of words that the decoder knows; None leaves the largest index to the site's support.
+    """
     if x.dim() != 2 or x.is_floating_point() or x.shape[1] < 1:
         raise DataError(
             f"sentences are rows of word indices [B, T], got {x.dtype} of shape {list(x.shape)}: encode them with a "
             "pyrovae.data.Vocabulary"
         )
+    if not pyro.settings.get("validate_distributions_pyro"):
+        return
+    before = torch.cat([torch.full_like(x[:, :1], BEGIN), x[:, :-1]], 1)
+    ended = (before == END) | (before == PAD)
+    padding, outside = x == PAD, x < 0
+    if vocabulary is not None:
+        outside = outside | (x >= vocabulary)
+    if not (outside | (x == BEGIN) | (padding != ended)).any():
+        return
+    known = "" if vocabulary is None else f" of {vocabulary} words"
+    for wrong, what, cure in (
+        (outside, f"indices outside the decoder's vocabulary{known}", "encode them with the one it was made for"),
+        (x == BEGIN, f"the index {BEGIN} that begins them, which the model sets itself", "leave it out"),
+        (~padding & (before == END), f"words after their end, {END}", f"pad them with {PAD} from there on"),
+        (~padding & (before == PAD), f"words after padding, {PAD}", "put all padding after the end"),
+        (padding & ~ended, f"padding, {PAD}, before their end, {END}", "end them first, or cut them to their words"),
+    ):  # fmt: skip
+        rows = wrong.any(1)
+        if rows.any():
+            raise DataError(f"{int(rows.sum())} of {len(x)} sentences have {what}: {cure}")
 
 
 def perplexity(log_likelihood: Tensor, lengths: Tensor) -> float:

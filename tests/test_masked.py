@@ -8,6 +8,7 @@ from torch import nn
 
 from pyrovae.discretised_logistic import DiscretisedLogisticMixture
 from pyrovae.nets import LocalPixelCNN, MaskedConv2d, PixelCNN
+from pyrovae.nets.masked import GreyContext
 
 
 def jacobian(net, channels, side, features=0):
@@ -26,7 +27,9 @@ def jacobian(net, channels, side, features=0):
 @pytest.mark.parametrize(
     ("make", "channels", "features"),
     [(lambda: PixelCNN(1, 1, kernel_sizes=(5, 3, 3)), 1, 4), (lambda: PixelCNN(2, 4, 3, kernel_sizes=(3,)), 2, 3),
-     (lambda: LocalPixelCNN(1, 1, above=1, aside=2), 1, 4), (lambda: LocalPixelCNN(3, 3, 2), 3, 2)],
+     (lambda: LocalPixelCNN(1, 1, above=1, aside=2), 1, 4), (lambda: LocalPixelCNN(3, 3, 2), 3, 2),
+     (lambda: GreyContext(LocalPixelCNN(1, 20, 2)), 3, 2),
+     (lambda: GreyContext(PixelCNN(1, 20, 2, width=8, kernel_sizes=(3, 3))), 3, 2)],
 )  # fmt: skip
 def test_pixels_see_earlier_ones_alone(make, channels, features):
     torch.manual_seed(0)
@@ -51,6 +54,21 @@ def test_receptive_field_and_blind_spot():
     assert torch.equal(seen, expected)
 
 
+@pytest.mark.parametrize(("layers", "number"), [(1, 4), (2, 11), (4, 34), (6, 69)])
+def test_the_stacked_window(layers, number):
+    """L columns to the left; j rows up, for j = 1 .. L, columns -L to +j: L + L (L + 1) + L (L + 1) / 2 pixels."""
+    torch.manual_seed(0)
+    side, row, column = 2 * layers + 5, layers + 2, layers + 2
+    net = PixelCNN(1, 1, features=2, width=8, kernel_sizes=(3,) * layers).double()
+    seen = (jacobian(net, 1, side, 2)[row * side + column] > 0).view(side, side)
+    assert int(seen.sum()) == number == layers + layers * (layers + 1) + layers * (layers + 1) // 2
+    expected = torch.zeros(side, side, dtype=torch.bool)
+    expected[row, column - layers : column] = True
+    for j in range(1, layers + 1):
+        expected[row - j, column - layers : column + j + 1] = True
+    assert torch.equal(seen, expected)
+
+
 @pytest.mark.parametrize(("above", "aside"), [(0, 0), (0, 1), (1, 1), (2, 3)])
 def test_the_window_is_exact(above, aside):
     torch.manual_seed(0)
@@ -61,6 +79,32 @@ def test_the_window_is_exact(above, aside):
     expected[row, column - aside : column] = True
     expected[row - above : row, column - aside : column + aside + 1] = True
     assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [LocalPixelCNN, lambda *sizes: PixelCNN(*sizes, width=8, kernel_sizes=(3, 3, 3))])
+def test_a_grey_context_shows_no_colours(make, dtype):
+    """Other colours of the same grey move nothing; another grey moves what comes later, as far as the window goes."""
+    torch.manual_seed(0)
+    net = GreyContext(make(1, 20, 2)).to(dtype)
+    x, maps = torch.rand(2, 3, 7, 7, dtype=dtype) - 0.5, torch.randn(2, 2, 7, 7, dtype=dtype)
+    before = net(x, maps)
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=dtype)
+    moved = torch.randn(2, 3, 7, 7, dtype=dtype)
+    moved = moved - (luma.view(3, 1, 1) * moved).sum(1, keepdim=True)  # the luma of (1, 1, 1) is 1
+    assert moved.abs().amin(1).median() > 0.1
+    rounding = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(net(x + moved, maps), before, rtol=0, atol=rounding)
+    lighter = x.clone()
+    lighter[0, :, 3, 2] += 0.3
+    change = (net(lighter, maps) - before).abs().amax(1)
+    assert (change[0, 3, 3:5] > 1e-4).all()
+    assert (change[0, 4, 2:4] > 1e-4).all()
+    assert not change[0, :3].any()
+    assert not change[0, 3, :3].any()
+    assert not change[1].any()
+    expected = net.net((luma.view(3, 1, 1) * x).sum(1, keepdim=True), maps)
+    torch.testing.assert_close(before, expected, rtol=0, atol=rounding)
 
 
 def test_features_of_the_latents_are_seen_whole():
@@ -75,6 +119,7 @@ def test_features_of_the_latents_are_seen_whole():
     ("make", "words"),
     [(lambda: MaskedConv2d(1, 1, 4, "A"), "odd"), (lambda: MaskedConv2d(1, 1, 3, "C"), "kind"),
      (lambda: PixelCNN(1, 1, kernel_sizes=()), "one layer"), (lambda: LocalPixelCNN(1, 1, above=-1), "negative"),
+     (lambda: GreyContext(LocalPixelCNN(1, 1))(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4, 4)), "3 colours"),
      (lambda: DiscretisedLogisticMixture(torch.zeros(12, 2, 2)), "multiple of 10"),
      (lambda: DiscretisedLogisticMixture(torch.zeros(10, 2, 2), channels=2), "1 or 3")],
 )  # fmt: skip

@@ -11,12 +11,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyrovae.errors import DataError
+from pyrovae.provenance import fingerprint
 
 __all__ = ["BEGIN", "END", "PAD", "UNKNOWN", "Sentences", "TextData", "Vocabulary", "load_text"]
 
@@ -143,6 +145,11 @@ class TextData:
     test: Sentences
     vocabulary: Vocabulary
     split: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all words."""
+        return fingerprint([part.tokens for part in (self.train, self.valid, self.test)])
 
     def __repr__(self) -> str:
         return (

@@ -32,7 +32,7 @@ from pyrovae.store import isolated
 
 __all__ = ["Information", "information", "mutual_information"]
 
-_ACTIVE = 0.01
+ACTIVE = 0.01
 _BLOCK = 2_000_000  # densities evaluated at once
 
 
@@ -57,7 +57,7 @@ class Information:
     @property
     def active(self) -> Tensor:
         """`[D]`: latents whose posterior mean moves with the data; of one datum, none."""
-        return self.mean_variance > _ACTIVE
+        return self.mean_variance > ACTIVE
 
     def __repr__(self) -> str:
         n, dim = len(self.kl), len(self.mean_variance)

@@ -1,26 +1,31 @@
-r"""What each group of latents holds: codes exchanged between data, one group at a time.
+r"""What each group of latents holds: codes exchanged between data, and labels read off one group alone.
 
-For data :math:`x, x'` with codes :math:`z, z'` and an attribute a of images, a group's effect is
+*Interventions.* For data :math:`x, x'` with codes :math:`z, z'` and an attribute a of images, a group's effect is
 
 .. math::
     E \, | a(\hat x(z_{-l}, z'_l)) - a(\hat x(z)) |,   \qquad \hat x(z) = E[x | z],
 
 and its share that effect over the sum of all groups'. A ladder that does what it is for has stroke width and slant in
 its shallow groups and identity in its deep ones (Zhao, Song & Ermon 2017).
+
+*Probes.* How well simple predictors tell labels from the posterior mean of :math:`u_l` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyrovae.diagnose.probe import Probe, probe
 from pyrovae.generate import centre, decode
 
-__all__ = ["Interventions", "image_slant", "image_width", "interventions", "stroke_width"]
+__all__ = [
+    "GroupProbes", "Interventions", "image_slant", "image_width", "interventions", "probe_groups", "stroke_width",
+]  # fmt: skip
 
 Attribute = Callable[[Tensor], Tensor]
 
@@ -94,6 +99,63 @@ def interventions(
     return Interventions(
         tuple(latent.name for latent in space.sites), tuple(attributes), effect, torch.stack(errors, 1),
         effect / effect.sum(0),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GroupProbes:
+    """What each group of latents alone knows of labels.
+
+    Attributes:
+        groups: latent sites, in the order the model draws them.
+        kinds: of predictors.
+        accuracy: `[L, P]`, share of held-out data.
+        se: its binomial standard error.
+        probes: the results themselves, one row a group.
+    """
+
+    groups: tuple[str, ...]
+    kinds: tuple[str, ...]
+    accuracy: Tensor
+    se: Tensor
+    probes: tuple[tuple[Probe, ...], ...]
+
+    def __repr__(self) -> str:
+        one = self.probes[0][0]
+        width = max(len(name) for name in (*self.groups, "group"))
+        lines = ["  ".join(["group".ljust(width), *(f"{kind:>14}" for kind in self.kinds)])]
+        for name, row in zip(self.groups, self.probes, strict=True):
+            cells = (f"{found.accuracy:.1%} +- {found.se:.1%}" for found in row)
+            lines.append("  ".join([name.ljust(width), *(f"{cell:>14}" for cell in cells)]))
+        return "\n".join([*lines, f"of {one.num_held_out} held-out data ({one.num_labels} labels)"])
+
+
+def probe_groups(
+    model: Callable[..., Any], guide: Any, x: Tensor, y: Tensor, *,
+    kinds: Sequence[Literal["linear", "knn", "kmeans"]] = ("linear", "knn"), num_labels: int | None = None,
+    seed: int = 0,
+) -> GroupProbes:  # fmt: skip
+    """Predict labels from each latent site's posterior mean alone (unconstrained coordinates).
+
+    Args:
+        model, guide: with a data plate; a guide without density will do.
+        x, y: data `[B, *event]` and their labels `[B]`.
+        kinds, num_labels, seed: as in `probe`; every group is judged on the same data.
+
+    Raises:
+        ValueError: labels that do not match the data, or too few of them.
+    """
+    if not kinds:
+        raise ValueError("kinds must name at least one of 'linear', 'knn' and 'kmeans'")
+    code, sites = centre(model, guide, x), guide.space(x).sites
+    found = tuple(
+        tuple(probe(code[:, site.slice], y, kind=kind, num_labels=num_labels, seed=seed) for kind in kinds)
+        for site in sites
+    )
+    return GroupProbes(
+        tuple(site.name for site in sites), tuple(kinds),
+        torch.tensor([[one.accuracy for one in row] for row in found], dtype=torch.double),
+        torch.tensor([[one.se for one in row] for row in found], dtype=torch.double), found,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from torch.distributions import kl_divergence
 
 from pyrovae import handlers, store
 from pyrovae.compat import LossTraits
-from pyrovae.errors import PlateError
+from pyrovae.errors import IncompatibleError, PlateError
 from pyrovae.losses.base import PerDatumLoss, require_pair
 from pyrovae.plates import per_datum
 
@@ -89,6 +89,13 @@ class ReparamELBO(TraceMeanField_ELBO):
         for site in guide_trace.nodes.values():
             if site["type"] == "sample" and _is_delta(site["fn"]):
                 site["fn"] = Scored()
+        enumerated = [name for name, site in model_trace.nodes.items() if site["type"] == "sample"
+                      and site["infer"].get("enumerate") == "parallel" and name not in guide_trace.nodes]  # fmt: skip
+        if enumerated:
+            raise IncompatibleError(
+                f"the model enumerates {', '.join(enumerated)}, which this loss cannot sum over: take "
+                "pyro.infer.TraceEnum_ELBO, or sum them out in the model (VLAC(..., classes='collapsed'))"
+            )
         return model_trace, guide_trace
 
     def per_datum(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

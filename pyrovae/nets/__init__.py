@@ -3,9 +3,9 @@
 from pyrovae.nets.dense import MLP, LinearHeadDecoder, Table
 from pyrovae.nets.ladder import LadderDecoder, LadderEncoder
 from pyrovae.nets.lstm import LSTMDecoder, LSTMEncoder
-from pyrovae.nets.masked import LocalPixelCNN, MaskedConv2d, PixelCNN
+from pyrovae.nets.masked import GreyContext, LocalPixelCNN, MaskedConv2d, PixelCNN
 
 __all__ = [
-    "MLP", "LSTMDecoder", "LSTMEncoder", "LadderDecoder", "LadderEncoder", "LinearHeadDecoder", "LocalPixelCNN",
-    "MaskedConv2d", "PixelCNN", "Table",
+    "MLP", "GreyContext", "LSTMDecoder", "LSTMEncoder", "LadderDecoder", "LadderEncoder", "LinearHeadDecoder",
+    "LocalPixelCNN", "MaskedConv2d", "PixelCNN", "Table",
 ]  # fmt: skip

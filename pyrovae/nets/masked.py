@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-__all__ = ["LocalPixelCNN", "MaskedConv2d", "PixelCNN"]
+__all__ = ["GreyContext", "LocalPixelCNN", "MaskedConv2d", "PixelCNN"]
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -111,3 +111,28 @@ class LocalPixelCNN(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         return self.rest(self.first(torch.cat([x, features], 1)))
+
+
+class GreyContext(nn.Module):
+    """Shows a masked net the grey values of colour images: what the colours are is left to z (Chen et al. 2017).
+
+    Args:
+        net: masked net of one channel (`PixelCNN`, `LocalPixelCNN`); its outputs are the parameters of three.
+
+    Input: image `[B, 3, H, W]` and features `[B, F, H, W]`; output as the net's.
+
+    Example:
+        >>> net = GreyContext(PixelCNN(1, 20, features=2, width=8, kernel_sizes=(3, 3)))
+        >>> net(torch.zeros(5, 3, 4, 4), torch.zeros(5, 2, 4, 4)).shape
+        torch.Size([5, 20, 4, 4])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        if x.shape[-3] != 3:
+            raise ValueError(f"grey values are made of 3 colours, got images with {x.shape[-3]} channels")
+        red, green, blue = x.split(1, -3)
+        return self.net(0.299 * red + 0.587 * green + 0.114 * blue, features)

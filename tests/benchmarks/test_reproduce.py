@@ -118,11 +118,12 @@ def test_arms_share_data_and_first_decoder(bench, images, tmp_path):
     module = sys.modules["reproduction.experiment"]
     split = module.load(experiment, small, "cpu", images)
     first, second = (module.setup(experiment, small, split, 3) for _ in range(2))
-    for a, b in zip(first.vae.decoder.parameters(), second.vae.decoder.parameters(), strict=True):
+    for a, b in zip(first.model.decoder.parameters(), second.model.decoder.parameters(), strict=True):
         assert torch.equal(a, b)
     # Centred by the mean of all training images kept, the noise starts at the spread around it.
-    assert split.images.train.mean(0).allclose(split.images.train[:40].mean(0) - split.train.mean(0), atol=1e-5)
-    assert math.isclose(float(first.vae.noise_scale.detach()), float(split.train.square().mean().sqrt()), rel_tol=1e-5)
+    assert split.source.train.mean(0).allclose(split.source.train[:40].mean(0) - split.train.mean(0), atol=1e-5)
+    spread = float(split.train.square().mean().sqrt())
+    assert math.isclose(float(first.model.noise_scale.detach()), spread, rel_tol=1e-5)
 
 
 def test_more_epochs_take_an_arm_further(bench, images, tmp_path):

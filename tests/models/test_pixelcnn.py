@@ -13,6 +13,7 @@ from pyrovae.autoregressive import AutoregressiveFlow, AutoregressiveImages
 from pyrovae.errors import DataError
 from pyrovae.models import LossyVAE, PixelCNNVAE
 from pyrovae.nets import LinearHeadDecoder, LocalPixelCNN, PixelCNN
+from pyrovae.nets.masked import GreyContext
 from pyrovae.optim import Adam
 
 D = 3
@@ -117,6 +118,80 @@ def test_simulation_draws_whole_images():
     assert float(found.width.mean()) < 1.0
 
 
+def lossy_colours(dtype=torch.float32, side=4, **options):
+    torch.manual_seed(0)
+    features = LinearHeadDecoder(D, [8], (4, side, side))
+    model = LossyVAE(features, D, channels=3, pixels="logistic", outputs=20, width=8, hidden=(8,), num_transforms=2,
+                     **options)  # fmt: skip
+    return model.to(dtype), nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, 2 * D)).to(dtype)
+
+
+WINDOWS = [{"window": window, "context": context} for window in ("exact", "stacked") for context in ("colour", "grey")]
+
+
+@pytest.mark.parametrize("options", WINDOWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_window_trains_and_draws_in_raster_order(options, dtype, rows):
+    """A pixel of a draw came from the parameters that the whole image gives it."""
+    model, encoder = lossy_colours(dtype, **options)
+    calls = []
+    handle = model.net.register_forward_hook(lambda net, inputs, output: calls.append(output))
+    x = model(None, size=rows)
+    handle.remove()
+    assert x.shape == (rows, 3, 4, 4)
+    assert x.dtype == dtype
+    assert len(calls) == 16
+    guide = guides.Amortized(model, encoder)
+    losses.FreeBits(0.5).loss_and_grads(model, guide, x)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert guide.log_weights(3, x).shape == (3, rows)
+
+    torch.manual_seed(1)
+    maps = torch.randn(rows, 4, 4, 4, dtype=dtype)
+    q = AutoregressiveImages(model.net, maps, channels=3, pixels="logistic")
+    calls.clear()
+    model.net.register_forward_hook(lambda net, inputs, output: calls.append(output))
+    x = q.sample()
+    drawn_from = torch.stack([calls[i][..., i // 4, i % 4] for i in range(16)], -1).view(rows, 20, 4, 4)
+    torch.testing.assert_close(q.parameters(x), drawn_from)
+
+
+@pytest.mark.parametrize("window", ["exact", "stacked"])
+def test_a_grey_context_leaves_colours_to_the_code(window):
+    """Other colours of the same grey in all pixels: no parameter moves; in a colour context the last pixel's do."""
+    moved = torch.tensor([0.587, -0.299, 0.0], dtype=torch.double).view(3, 1, 1)
+    for context, same in (("grey", True), ("colour", False)):
+        model, _ = lossy_colours(torch.double, window=window, context=context)
+        maps, x = torch.randn(1, 4, 4, 4).double(), torch.rand(1, 3, 4, 4).double() - 0.5
+        q = AutoregressiveImages(model.net, maps, channels=3, pixels="logistic")
+        change = (q.parameters(x + 0.5 * moved) - q.parameters(x)).abs().amax(1)[0]
+        assert bool((change < 1e-13).all()) is same
+        if not same:
+            assert change[-1, -1] > 1e-4
+
+
+def test_binary_colours_in_a_grey_context_are_normalised():
+    """1 x 2 pixels of three channels: the 64 images sum to one."""
+    torch.manual_seed(0)
+    q = AutoregressiveImages(GreyContext(LocalPixelCNN(1, 3, 2, width=8)).double(), torch.randn(2, 1, 2).double(), 3)
+    images = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6))).double().view(64, 3, 1, 2)
+    assert q.log_prob(images).exp().sum().item() == pytest.approx(1.0)
+    other = images.clone()
+    other[..., 0] = 1 - other[..., 0]
+    assert not torch.allclose(q.parameters(images)[..., 1], q.parameters(other)[..., 1])  # it does look
+
+
+def test_stacked_layers_see_their_triangle():
+    features = LinearHeadDecoder(D, [8], (4, 15, 15))
+    for layers, number in ((None, 69), (3, 21)):
+        torch.manual_seed(0)
+        model = LossyVAE(features, D, window="stacked", layers=layers, width=8, num_transforms=0).double()
+        x = torch.zeros(1, 1, 15, 15).double().requires_grad_()
+        (found,) = torch.autograd.grad(model.net(x, torch.randn(1, 4, 15, 15).double())[0, 0, 8, 7], x)
+        assert int((found != 0).sum()) == number
+
+
 class Bits(nn.Module):
     def __init__(self, features):
         super().__init__()
@@ -160,6 +235,13 @@ def test_bad_input():
         AutoregressiveFlow(1)
     with pytest.raises(ValueError, match="the prior has 3"):
         PixelCNNVAE(LinearHeadDecoder(2, [4], (4, 3, 3)), PixelCNN(1, 1), 2, prior=AutoregressiveFlow(3))
+    for options, words in (
+        ({"window": "round"}, "window must be"), ({"context": "blue"}, "context must be"),
+        ({"context": "grey"}, "3 channels"), ({"layers": 3}, "stacked window"),
+        ({"window": "stacked", "above": 3}, "exact"), ({"window": "stacked", "layers": 0}, "at least one layer"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            LossyVAE(LinearHeadDecoder(2, [4], (4, 3, 3)), 2, **options)
     with pytest.raises(ValueError, match="pixels"):
         AutoregressiveImages(PixelCNN(1, 1), torch.zeros(4, 3, 3), pixels="poisson")
     model, encoder = small()

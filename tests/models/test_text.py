@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import pyro
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from pyrovae import evidence, fit, guides, losses
 from pyrovae.data.text import BEGIN, END, PAD, UNKNOWN, Vocabulary
 from pyrovae.errors import DataError
 from pyrovae.models import TextVAE
-from pyrovae.models.text_vae import SentenceDistribution, perplexity
+from pyrovae.models.text_vae import SentenceDistribution, check_sentences, perplexity
 from pyrovae.nets import LSTMDecoder, LSTMEncoder
 from pyrovae.optim import Adam
 
@@ -156,6 +157,59 @@ def test_a_language_model_learns_and_perplexity_is_its_formula():
     for line in vocabulary.decode(model(None, size=20)):
         words = line.split()
         assert words == (["a", "b"] * 6)[: len(words)]
+
+
+MALFORMED = [
+    ([4, 0, 5, END], "have words after padding"), ([PAD, 4, END, PAD], "have words after padding"),
+    ([4, END, 5, END], "have words after their end"), ([4, END, END, PAD], "have words after their end"),
+    ([4, PAD, PAD, PAD], "have padding, 0, before their end"), ([0, 0, 0, 0], "have padding, 0, before their end"),
+    ([BEGIN, 4, END, PAD], "have the index 1 that begins"), ([4, BEGIN, END, PAD], "have the index 1 that begins"),
+    ([4, END, PAD, BEGIN], "have the index 1 that begins"), ([4, WORDS, END, PAD], "have indices outside"),
+    ([4, -1, END, PAD], "have indices outside the decoder's vocabulary of 7 words"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "words"), MALFORMED)
+@pytest.mark.parametrize("good", [0, 3])
+def test_rows_that_are_no_sentences_are_refused_where_pyro_validates(row, words, good):
+    model, encoder = small()
+    x = torch.cat([sentences(3, 4)[:good], torch.tensor([row])])
+    with pyro.validation_enabled(True):
+        with pytest.raises(DataError, match=f"^1 of {good + 1} sentences {words}.*: "):
+            model(x)
+        if min(row) >= 0 and max(row) < WORDS:  # no index for the encoder to stumble on first
+            with pytest.raises(DataError, match=words):
+                fit(model, guides.Amortized(model, encoder), x, max_steps=1, progress=False)
+            with pyro.validation_enabled(False):
+                model(x)
+
+
+def test_no_draw_is_refused_and_nothing_else_is_taken():
+    """Of all rows of three indices exactly those are refused that no draw can be, padding and cut ones included."""
+    decoder = LSTMDecoder(5, D, embedding=4, hidden=8)
+    torch.manual_seed(0)
+    draws = SentenceDistribution(decoder, torch.zeros(4000, D), 3).sample()
+    possible = {tuple(row) for row in draws.tolist()}
+    for row in itertools.product(range(5), repeat=3):
+        try:
+            with pyro.validation_enabled(True):
+                check_sentences(torch.tensor([row]), 5)
+            taken = True
+        except DataError:
+            taken = False
+        assert taken == (row in possible), row
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_generated_sentences_are_data_with_word_dropout_too(rows):
+    model, encoder = small(word_dropout=0.5)
+    model.train()
+    with pyro.validation_enabled(True):
+        x = model(None, size=rows)
+        cut = torch.full((rows, 3), UNKNOWN)  # never ended
+        for batch in (x, cut):
+            loss = losses.ELBO().per_datum(model, guides.Amortized(model, encoder), batch)
+            assert torch.isfinite(loss).all()
 
 
 def test_bad_input():
