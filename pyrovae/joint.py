@@ -213,6 +213,7 @@ class AtLatents(poutine.messenger.Messenger):
         self.sites = {site.name: site for site in structure.sites}
         self.depth = 0 if structure.plate is None else 1  # batch dims of a site without enumeration
         self.latent: list[Tensor] = []
+        self.enumerated: list[Tensor] = []  # of discrete latents, and of latents that depend on them
         self.observed: list[Tensor] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -236,13 +237,14 @@ class AtLatents(poutine.messenger.Messenger):
         log_prob = msg["fn"].log_prob(msg["value"])
         log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
         if msg["name"] not in self.sites:
-            self.observed.append(self._reduce(log_prob, msg))
+            kept = self.enumerated if msg["name"] in self.structure.enumerated else self.observed
+            kept.append(self._reduce(log_prob, msg))
             return
         log_det = msg["infer"].get("_log_det")
         if log_det is not None:
             log_prob = log_prob + scale_and_mask(log_det, msg["scale"], msg["mask"])
-        enumerated = self.structure.enumerated and log_prob.dim() > self.depth
-        (self.observed if enumerated else self.latent).append(self._reduce(log_prob, msg))
+        mixed = self.structure.enumerated and log_prob.dim() > self.depth
+        (self.enumerated if mixed else self.latent).append(self._reduce(log_prob, msg))
 
     def _reduce(self, log_prob: Tensor, msg: dict[str, Any]) -> Tensor:
         if not self.structure.enumerated:
@@ -275,8 +277,15 @@ def evaluate(
     latent = sum(at.latent, zero)
     if not structure.enumerated:
         return latent, sum(at.observed, zero)
-    total = torch.stack(torch.broadcast_tensors(*at.observed)).sum(0)
-    return latent, torch.logsumexp(total.reshape(-1, total.shape[-1]), 0) + zero
+    # log p(z) and log p(x, z), each summed over the discrete latents: their difference is log p(x | z).
+    prior = latent + _summed_out(at.enumerated)
+    return prior, latent + _summed_out([*at.enumerated, *at.observed]) - prior
+
+
+def _summed_out(terms: list[Tensor]) -> Tensor:
+    """log sum of exp over all enumerated dims, `[R]`."""
+    total = torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+    return torch.logsumexp(total.reshape(-1, total.shape[-1]), 0)
 
 
 def remaining_scales(

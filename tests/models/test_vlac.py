@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
-from pyrovae import evidence, fit, guides, losses
+from pyrovae import diagnose, evidence, fit, guides, losses
 from pyrovae.errors import IncompatibleError
 from pyrovae.handlers import anneal
 from pyrovae.models import VAE, VLAC
@@ -340,3 +340,19 @@ def test_classes_that_a_loss_cannot_sum_over_are_named(loss):
     guide = guides.Amortized(model, torch.nn.Linear(6, 8))
     with pytest.raises(IncompatibleError, match="TraceEnum_ELBO"):
         loss.loss(model, guide, torch.zeros(5, 6))
+
+
+def test_prior_and_likelihood_are_told_apart_where_classes_are_summed_out():
+    """log p(z) and log p(x | z) of the enumerated model are those of the collapsed one, and so is the KL to the prior."""
+    torch.manual_seed(0)
+    options = {"sizes": [2, 1], "num_clusters": [3, 4], "likelihood": "gaussian"}
+    collapsed = VLAC(nn.Linear(3, 5), **options).double()
+    enumerated = VLAC(nn.Linear(3, 5), **options, classes="enumerated").double()
+    enumerated.load_state_dict(collapsed.state_dict())
+    encoder, x, u = nn.Linear(5, 6).double(), torch.randn(4, 5).double(), torch.randn(7, 4, 3).double()
+    ours, theirs = (guides.Amortized(model, encoder) for model in (collapsed, enumerated))
+    for one, other in zip(ours.space(x).bind(x).terms(u), theirs.space(x).bind(x).terms(u), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    one, other = (diagnose.information(model, guide, x, num_samples=20)
+                  for model, guide in ((collapsed, ours), (enumerated, theirs)))  # fmt: skip
+    torch.testing.assert_close(one.kl, other.kl, rtol=1e-6, atol=1e-6)
