@@ -1,12 +1,21 @@
 """Reproductions of published results: one experiment a file, run by `benchmarks/reproduce.py`."""
 
 from reproduction import (
+    collapse_text,
+    collapse_text_ptb,
     gaps_mnist,
     hvae_mnist,
+    infovae_mnist,
+    ladder_mnist,
     laplace_quality,
+    lossy_mnist,
+    lossy_omniglot,
+    mae_omniglot,
     rme_omniglot,
     savae_mnist,
     savae_omniglot,
+    savae_omniglot_pixelcnn,
+    vlac_mnist,
     vlae_mnist,
     vlae_mnist_bernoulli,
 )
@@ -24,5 +33,14 @@ EXPERIMENTS = {
         gaps_mnist,
         rme_omniglot,
         hvae_mnist,
+        lossy_mnist,
+        lossy_omniglot,
+        mae_omniglot,
+        savae_omniglot_pixelcnn,
+        ladder_mnist,
+        vlac_mnist,
+        infovae_mnist,
+        collapse_text,
+        collapse_text_ptb,
     )
 }

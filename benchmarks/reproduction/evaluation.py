@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from pyrovae import diagnose, evidence
-from pyrovae.chunks import per_chunk
+from pyrovae.data.text import Sentences
 from pyrovae.guides.base import Guide
+from pyrovae.minibatches import Rows
 from pyrovae.provenance import Provenance
-from pyrovae.runtime import evaluating, seeded
+from pyrovae.runtime import evaluating
 
-__all__ = ["differences", "evaluate", "inference_time", "number"]
+__all__ = ["differences", "evaluate", "inference_time", "number", "plain"]
 
 _ROWS = 50  # data evaluated between two looks at the progress bar
-_KL_DRAWS = 100
+_KL_DRAWS = 10  # a datum's own error is nothing beside the spread over data
 _CALLS, _WARM_UP = 30, 3  # of an inference that is timed
 
 
@@ -29,61 +30,74 @@ def number(values: Tensor) -> dict[str, float]:
     return {"mean": float(values.mean()), "se": se}
 
 
+def plain(value: float) -> dict[str, Any]:
+    """A number whose error is not known from the data it was computed on."""
+    return {"mean": float(value), "se": None}
+
+
 def evaluate(
-    guide: Guide, x: Tensor, num_samples: int, *, seed: int, name: str, progress: bool
+    model: Any, guide: Any, x: Tensor | Sentences, num_samples: int, *, seed: int, name: str, progress: bool
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Bounds at S and S / 10 draws, the KL to the prior and k-hat, over `x: [B, X]`.
+    """Bounds at S and S / 10 draws, KL to the prior, mutual information, active latents and k-hat, over all of x; of
+    sentences their perplexity, too. A model without latents is scored exactly.
 
     Returns:
         numbers with standard errors, and each datum's ELBO and IWAE for paired differences.
     """
     from tqdm.auto import tqdm
 
-    marginal = guide.traits.marginal  # chains have no density of z alone, so no KL either
-    parts: dict[str, list[Tensor]] = {"ELBO": [], "IWAE few": [], "IWAE": [], "k-hat": []}
-    if marginal:
-        parts["KL"] = []
+    data = Rows(x)
     few = max(1, num_samples // 10)
-    starts = tqdm(range(0, len(x), _ROWS), desc=f"{name}, evaluation", disable=None if progress else True)
-    for start in starts:
-        rows = range(start, min(start + _ROWS, len(x)))
-        some = x[start : rows.stop]
+    found = {key: torch.zeros(len(data), dtype=torch.float64) for key in ("ELBO", "IWAE few", "IWAE", "k-hat")}
+    # Sentences go by length, so that hardly any padding is scored.
+    batches = data.in_order(_ROWS)
+    for index in tqdm(batches, desc=f"{name}, evaluation", disable=None if progress else True):
+        (some,) = data.take(index)
+        if not hasattr(guide, "traits"):
+            with torch.no_grad(), evaluating(model):
+                exact = model.log_prob(some).double().cpu()
+            for key in ("ELBO", "IWAE few", "IWAE"):
+                found[key][index] = exact
+            continue
         weights = evidence.log_weights(
-            guide.model, guide, some, num_samples=num_samples, seed=seed, indices=rows
+            model, guide, some, num_samples=num_samples, seed=seed, indices=index.tolist()
         ).cpu()  # fmt: skip
         elbo, iwae = evidence.summarize(weights)
-        parts["ELBO"].append(elbo.values)
-        parts["IWAE"].append(iwae.values)
-        parts["IWAE few"].append(evidence.summarize(weights[:few])[1].values)
-        parts["k-hat"].append(diagnose.pareto_khat(weights))
-        if marginal:
-            parts["KL"].append(_kl(guide, some, rows, seed))
-    joined = {key: torch.cat(tensors).double() for key, tensors in parts.items()}
-    share = float((joined["k-hat"] > 0.7).double().mean())
+        found["ELBO"][index], found["IWAE"][index] = elbo.values, iwae.values
+        found["IWAE few"][index] = evidence.summarize(weights[:few])[1].values
+        found["k-hat"][index] = diagnose.pareto_khat(weights).double()
+    share = float((found["k-hat"] > 0.7).double().mean())
     numbers = {
-        "ELBO": number(joined["ELBO"]),
-        f"IWAE-{few}": number(joined["IWAE few"]),
-        f"IWAE-{num_samples}": number(joined["IWAE"]),
-        **({"KL": number(joined["KL"])} if marginal else {}),
-        "k-hat above 0.7": {"mean": share, "se": math.sqrt(share * (1 - share) / len(x))},
+        "ELBO": number(found["ELBO"]),
+        f"IWAE-{few}": number(found["IWAE few"]),
+        f"IWAE-{num_samples}": number(found["IWAE"]),
+        **_latents(model, guide, data, seed),
+        "k-hat above 0.7": {"mean": share, "se": math.sqrt(share * (1 - share) / len(data))},
     }
-    return numbers, {key: joined[key].tolist() for key in ("ELBO", "IWAE")}
+    if data.sentences is not None:
+        numbers["PPL"] = _perplexity(found["IWAE"], data.sentences.lengths)
+    return numbers, {key: found[key].tolist() for key in ("ELBO", "IWAE")}
 
 
-def _kl(guide: Guide, x: Tensor, rows: range, seed: int) -> Tensor:
-    """KL(q(z | x) || p(z)) of a standard normal prior, by draws, `[B]`."""
+def _latents(model: Any, guide: Any, data: Rows, seed: int) -> dict[str, dict[str, float]]:
+    """What the posteriors know; chains have no density of z alone, so no KL either."""
+    if not hasattr(guide, "traits"):
+        return {"KL": {"mean": 0.0, "se": 0.0}, "MI": plain(0), "AU": plain(0)}
+    if not guide.traits.marginal:
+        return {}
+    known = diagnose.information(model, guide, *data.tensors, num_samples=_KL_DRAWS, seed=seed)
+    found = {"KL": number(known.kl), "AU": plain(float(known.active.sum()))}
+    if known.mutual_information is not None:
+        found["MI"] = plain(known.mutual_information)
+    return found
 
-    def terms(x: Tensor) -> Tensor:
-        q = guide.posterior(x)
-        u = q.sample((_KL_DRAWS,))
-        return q.log_prob(u) + 0.5 * (u.square() + math.log(2 * math.pi)).sum(-1)
 
-    with seeded(seed):
-        values = per_chunk(
-            terms, (guide.model, guide), (x,), {}, plate=guide.plate, batched=guide.batched, seed=seed,
-            chunk=len(x), indices=rows,
-        )  # fmt: skip
-    return values.double().mean(0).cpu()
+def _perplexity(log_likelihood: Tensor, lengths: Tensor) -> dict[str, float]:
+    """exp of minus the mean over tokens; the standard error is that of a ratio of means over sentences."""
+    mean = float(log_likelihood.sum() / lengths.sum())
+    rest = (log_likelihood - mean * lengths) / lengths.double().mean()
+    se = float(rest.std()) / math.sqrt(len(lengths)) if len(lengths) > 1 else math.nan
+    return {"mean": math.exp(-mean), "se": math.exp(-mean) * se}
 
 
 def inference_time(guide: Guide, x: Tensor) -> dict[str, float]:

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from pyrovae import data, models
 from pyrovae.data import ImageData
 from pyrovae.data.images import Binarization
-from pyrovae.guides.base import Guide
+from pyrovae.data.text import Sentences, TextData
 from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.runtime import seeded
-from pyrovae.schedules import RecursiveSchedule
+from pyrovae.schedules import Schedule
 
 __all__ = ["Arm", "Experiment", "Preset", "Setup", "Split", "load", "override", "published_start", "setup"]
 
-Likelihood = Literal["bernoulli", "gaussian"]
+Likelihood = Literal["bernoulli", "gaussian", "categorical"]
+
+_TEXTS = ("ptb", "snli", "yahoo")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Preset:
         hidden, latent_dim: widths of the hidden layers of both nets, and D.
         kl_epochs: epochs in which the KL weight rises from 0.1 to 1; 0: no schedule.
         extra_rows, extra_steps: of what an experiment measures beside bounds (see its file).
+        max_words: of a text's vocabulary.
     """
 
     epochs: int
@@ -52,23 +55,44 @@ class Preset:
     kl_epochs: int = 0
     extra_rows: int = 0
     extra_steps: int = 0
+    max_words: int | None = None
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows an experiment works on."""
+    """The rows an experiment works on, with labels where the data set has them.
 
-    images: ImageData
-    train: Tensor
-    validation: Tensor | None
-    test: Tensor
+    Attributes:
+        test: what bounds are taken on.
+        wide, wide_labels: the first `extra_rows` test data, for what takes no importance samples.
+    """
+
+    source: ImageData | TextData
+    train: Tensor | Sentences
+    validation: Tensor | Sentences | None
+    test: Tensor | Sentences
+    train_labels: Tensor | None = None
+    wide: Tensor | None = None
+    wide_labels: Tensor | None = None
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Of one datum."""
+        return self.train.shape[1:] if isinstance(self.train, Tensor) else torch.Size(())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data set."""
+        return self.source.fingerprint
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What an arm is built from: an untrained model, the same in every arm, and the nets' sizes."""
+    """What an arm is built from: an untrained model, the same in every arm that does not bring its own, and the nets'
+    sizes."""
 
-    vae: models.VAE
+    model: Any
+    split: Split
     preset: Preset
     activation: type[nn.Module]
     start: Callable[[nn.Module], None] | None
@@ -79,7 +103,7 @@ class Setup:
 
     def encoder(self, outputs: int) -> MLP:
         """An encoder with as many outputs as the guide takes parameters."""
-        pixels = self.vae.decoder.event_shape.numel()
+        pixels = self.split.event_shape.numel()
         net = MLP([pixels, *self.preset.hidden, outputs], activation=self.activation)
         if self.start is not None:
             self.start(net)
@@ -94,17 +118,27 @@ class Arm:
         name: in tables.
         build: guide from a `Setup`.
         loss: makes the training loss; None for `fit`'s default.
+        model: the arm's own model; the experiment's by default.
+        prepare: what is done to model and guide before training.
+        judge: the guide that evaluates the trained model, for guides without a density.
         published: the paper's number on this experiment's scale, nats; None where there is none.
-        schedule: blocks of parameters that take turns, for `fit`; None steps all at once.
+        schedule: makes the stages of training, for `fit`; None steps all at once.
+        kl_epochs: instead of the preset's.
+        rows: training data, instead of the preset's; for as many steps.
         as_long_as: name of an arm before this one; train until as many seconds have passed as that one took, instead
             of its number of epochs.
         presets: in which the arm takes part.
     """
 
     name: str
-    build: Callable[[Setup], Guide]
+    build: Callable[[Setup], Any]
     loss: Callable[[], Any] | None = None
-    schedule: RecursiveSchedule | None = None
+    model: Callable[[Preset, Split], nn.Module] | None = None
+    prepare: Callable[[Setup, Any, int], None] | None = None
+    judge: Callable[[Setup], Any] | None = None
+    schedule: Callable[[Preset, Split], Schedule] | None = None
+    kl_epochs: int | None = None
+    rows: int | None = None
     published: float | None = None
     as_long_as: str | None = None
     presets: tuple[str, ...] = ("quick", "paper")
@@ -121,8 +155,10 @@ class Experiment:
 
     Attributes:
         name, title, paper: what is reproduced, and after whom.
-        data, binarization, preprocessing, logit_lambda: of `pyrovae.data.load`.
+        data, binarization, preprocessing, logit_lambda: of `pyrovae.data.load`, or the name of a text.
+        pictures: whether data are `[N, 1, H, W]` instead of `[N, X]`.
         likelihood: of the model.
+        model: the untrained model; by default a VAE with an MLP decoder.
         baseline: arm from which paired differences are taken.
         arms: in the order of training.
         presets: "quick" and "paper".
@@ -134,7 +170,8 @@ class Experiment:
         remarks: facts a reader needs to judge the numbers.
         missing: published columns that cannot be reached with the data at hand, and why.
         activation, start: of the nets; `start` sets the first weights of a net.
-        measure: (guide, split, preset, progress, name of the arm) -> rows of further tables.
+        measure: (guide, split, preset, progress, name of the arm) -> rows of further tables; not of arms without
+            latents.
     """
 
     name: str
@@ -157,15 +194,22 @@ class Experiment:
     missing: tuple[str, ...] = ()
     activation: type[nn.Module] = nn.ReLU
     start: Callable[[nn.Module], None] | None = None
-    measure: Callable[[Guide, Split, Preset, bool, str], list[dict[str, Any]]] | None = None
+    model: Callable[[Preset, Split], nn.Module] | None = None
+    pictures: bool = False
+    measure: Callable[[Any, Split, Preset, bool, str], list[dict[str, Any]]] | None = None
 
 
 def load(experiment: Experiment, preset: Preset, device: str, path: str | None = None) -> Split:
-    """The data, cut to the preset's rows; `path` names an `.npz` file to take instead of the experiment's data set.
+    """The data, cut to the preset's rows; `path` names an `.npz` file, or the folder of a text, to take instead of the
+    experiment's data set.
 
     Binarisation and dequantisation have seed 0 whatever the seed of a run: all runs share one test set. Grey values
     are centred by the mean training image (which moves no density).
     """
+    if experiment.data in _TEXTS:
+        text = data.load_text(experiment.data, max_words=preset.max_words, root=path)
+        parts = text.train[: preset.train_rows], text.valid[: preset.validation_rows], text.test[: preset.test_rows]
+        return Split(text, *(part.to(device) for part in parts))
     images = data.load(
         path or experiment.data, binarization=experiment.binarization, preprocessing=experiment.preprocessing,
         logit_lambda=experiment.logit_lambda, seed=0,
@@ -174,16 +218,29 @@ def load(experiment: Experiment, preset: Preset, device: str, path: str | None =
     if preset.validation_rows:
         images, validation = images.split_validation(preset.validation_rows)
     shift = images.train.mean(0) if experiment.likelihood == "gaussian" else torch.zeros(images.event_shape)
-    train, test = images.train[: preset.train_rows], images.test[: preset.test_rows]
-    validation = None if validation is None else (validation - shift).to(device)
-    return Split(images, (train - shift).to(device), validation, (test - shift).to(device))
+    shape = (1, *images.image_shape) if experiment.pictures else images.event_shape
+
+    def ready(rows: Tensor | None) -> Any:
+        return None if rows is None else (rows - shift).reshape(-1, *shape).to(device)
+
+    train, wide = images.train[: preset.train_rows], images.test[: preset.extra_rows]
+    return Split(
+        images, ready(train), ready(validation), ready(images.test[: preset.test_rows]),
+        None if images.train_labels is None else images.train_labels[: len(train)], ready(wide),
+        None if images.test_labels is None else images.test_labels[: len(wide)],
+    )  # fmt: skip
 
 
-def setup(experiment: Experiment, preset: Preset, split: Split, seed: int) -> Setup:
-    """The untrained model: the same weights for a seed, whatever the arm."""
+def setup(experiment: Experiment, preset: Preset, split: Split, seed: int, arm: Arm | None = None) -> Setup:
+    """The untrained model: the same weights for a seed, whatever the arm, unless it brings its own."""
+    make = (arm.model if arm is not None else None) or experiment.model
+    if make is not None:
+        with seeded(seed):
+            model = make(preset, split)
+        return Setup(model, split, preset, experiment.activation, experiment.start)
     with seeded(seed):
         decoder = LinearHeadDecoder(
-            preset.latent_dim, preset.hidden, split.images.event_shape, activation=experiment.activation
+            preset.latent_dim, preset.hidden, split.event_shape, activation=experiment.activation
         )
         if experiment.start is not None:
             experiment.start(decoder)
@@ -192,7 +249,7 @@ def setup(experiment: Experiment, preset: Preset, split: Split, seed: int) -> Se
         # The noise of a decoder that knows the mean image alone, which is what a fresh one gives.
         spread = float(split.train.square().mean().sqrt())
         vae.noise["log"].data.fill_(math.log(spread - vae.noise_floor))
-    return Setup(vae, preset, experiment.activation, experiment.start)
+    return Setup(vae, split, preset, experiment.activation, experiment.start)
 
 
 def published_start(net: nn.Module) -> None:

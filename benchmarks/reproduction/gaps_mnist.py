@@ -21,7 +21,7 @@ PUBLISHED = {("VAE", "training", "as trained"): "-92.57: 1.43 + 1.34 = 2.77"}
 
 
 def amortized(parts: Setup) -> guides.Amortized:
-    return guides.Amortized(parts.vae, parts.encoder(2 * parts.dim))
+    return guides.Amortized(parts.model, parts.encoder(2 * parts.dim))
 
 
 def trained_refined(parts: Setup) -> guides.SemiAmortized:
@@ -36,7 +36,7 @@ def refined(base: guides.Amortized) -> guides.SemiAmortized:
 
 
 def laplace(parts: Setup) -> guides.Laplace:
-    return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4)
+    return guides.Laplace(parts.model, parts.encoder(parts.dim), num_steps=4)
 
 
 def posteriors(guide: Guide) -> dict[str, Guide]:

@@ -10,11 +10,11 @@ __all__ = ["EXPERIMENT"]
 
 
 def exact(parts: Setup) -> guides.Laplace:
-    return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4, num_probes=0)
+    return guides.Laplace(parts.model, parts.encoder(parts.dim), num_steps=4, num_probes=0)
 
 
 def envelope(parts: Setup) -> guides.Laplace:
-    return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4, gradient="envelope")
+    return guides.Laplace(parts.model, parts.encoder(parts.dim), num_steps=4, gradient="envelope")
 
 
 EXPERIMENT = Experiment(

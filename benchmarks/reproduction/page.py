@@ -13,7 +13,7 @@ from rich.table import Table
 
 from reproduction import EXPERIMENTS
 from reproduction.experiment import Experiment
-from reproduction.seeds import over_seeds, pairs
+from reproduction.seeds import measured, over_seeds, pairs
 
 __all__ = ["page", "show", "write_page"]
 
@@ -24,13 +24,14 @@ writes this page from the results. `quick` fits in about an hour on two cores; `
 GPU. Data are looked up below `PYROVAE_DATA`.
 
 All arms of an experiment start from the same decoder weights, see the same data for the same number of epochs (unless
-a row says otherwise), and are evaluated on the same test images with the same seed. Bounds are in nats per datum, mean
+a row says otherwise), and are evaluated on the same test data with the same seed. Bounds are in nats per datum, mean
 ± standard error over test images. Δ is the mean paired difference from the baseline with its standard error: over test
 images of one run, so it does not count how much training differs from seed to seed. IWAE-S is the importance-weighted
 bound with S draws from each arm's own posterior: a better posterior makes it tighter, too; IWAE at a tenth of the
-draws and the share of k-hat above 0.7 say how far it can be trusted. "train s" is wall-clock, in brackets the seconds
-of all CPU threads together, which other work on the machine moves less. "Published" numbers stand beside ours for
-orientation; what differs is said below each table.
+draws and the share of k-hat above 0.7 say how far it can be trusted. MI is the mutual information of latents and test
+data, at most the logarithm of their number; AU counts active latents; PPL is the perplexity of a word. "train s" is
+wall-clock, in brackets the seconds of all CPU threads together, which other work on the machine moves less. "Published"
+numbers stand beside ours for orientation; what differs is said below each table.
 """
 
 BOUNDS = "Bounds of log p(x) on test images"
@@ -45,6 +46,8 @@ def show(experiment: Experiment, runs: list[dict[str, Any]]) -> None:
         console = _console()
         header, rows = over_seeds(runs)
         _print(console, f"{len(runs)} seeds together, means ± their standard error", header, rows)
+        for title, columns, cells in measured(runs):
+            _print(console, f"{title}; means ± standard deviation over seeds", columns, cells)
         for fact in pairs(experiment, runs):
             console.print(f"* {fact}", highlight=False)
 
@@ -114,6 +117,8 @@ def _over_seeds(experiment: Experiment, preset: str, runs: list[dict[str, Any]])
     text = f"\n### {preset}, seeds {seeds} together\n\n"
     text += f"Means over seeds ± their standard error; Δ from {experiment.baseline} of the same seed:\n\n"
     text += _markdown(*over_seeds(runs))
+    for title, columns, cells in measured(runs):
+        text += f"\n{title}; means ± standard deviation over seeds:\n\n" + _markdown(columns, cells)
     facts = pairs(experiment, runs)
     return text + ("\n" + _bullets(facts) if facts else "")
 
@@ -126,8 +131,8 @@ def _section(experiment: Experiment, results: dict[str, Any]) -> list[str]:
     digest = "" if arm is None else f"; sha256 {arm['provenance']['fingerprint'][:12]}"
     parts = [
         f"\n### {results['preset']}, seed {results['seed']}, {results['machine']}\n\n",
-        f"{settings['epochs']} epochs on {results['train_rows']} training images "
-        f"({settings['validation_rows']} held out), {results['test_rows']} test images. Data: {results['data']}; "
+        f"{settings['epochs']} epochs on {results['train_rows']} training data "
+        f"({settings['validation_rows']} held out), {results['test_rows']} test data. Data: {results['data']}; "
         f"{results['split']}{digest}. {versions}.\n",
     ]
     for title, header, rows in _tables(experiment, results):
@@ -145,6 +150,8 @@ def _tables(experiment: Experiment, results: dict[str, Any]) -> list[tuple[str, 
     has_published = any(arm["published"] is not None for arm in results["arms"])
     against = results["baseline"]
     header = ["arm", "epochs (best)", "train s (CPU)", "ELBO", few, many, "Δ ELBO", f"Δ {many}", "KL", "k-hat > 0.7"]
+    known = [c for c in ("MI", "AU", "PPL") if any(c in arm.get("numbers", {}) for arm in results["arms"])]
+    header[9:9] = known
     if has_published:
         header += ["published", "published Δ"]
     base = _published(results, against)
@@ -159,7 +166,8 @@ def _tables(experiment: Experiment, results: dict[str, Any]) -> list[tuple[str, 
         row = [
             arm["name"], f"{arm['epochs']}{best}", took, _value(n["ELBO"]), _value(n[few]), _value(n[many]),
             _value(gain.get("ELBO"), sign=True), _value(gain.get("IWAE"), sign=True),
-            f"{n['KL']['mean']:.1f}" if "KL" in n else "", f"{100 * n['k-hat above 0.7']['mean']:.0f} %",
+            f"{n['KL']['mean']:.1f}" if "KL" in n else "", *(_known(n, column) for column in known),
+            f"{100 * n['k-hat above 0.7']['mean']:.0f} %",
         ]  # fmt: skip
         if has_published:
             ours = arm["published"]
@@ -172,14 +180,21 @@ def _tables(experiment: Experiment, results: dict[str, Any]) -> list[tuple[str, 
     return [(title, header, rows), *_extra(results)]
 
 
+def _known(numbers: dict[str, Any], column: str) -> str:
+    if column not in numbers:
+        return ""
+    return f"{numbers[column]['mean']:.0f}" if column == "AU" else _value(numbers[column])
+
+
 def _extra(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Further measurements: rows of dicts, in which numbers are `{"mean", "se"}`."""
     rows = [{"arm": arm["name"], **row} for arm in results["arms"] for row in arm.get("extra", ())]
     tables = []
     for title in dict.fromkeys(row["table"] for row in rows):
         some = [{k: v for k, v in row.items() if k != "table"} for row in rows if row["table"] == title]
-        header = list(some[0])
-        cells = [[_value(row[c]) if isinstance(row[c], dict) else str(row[c]) for c in header] for row in some]
+        header = list(dict.fromkeys(column for row in some for column in row))
+        cells = [[_value(row[c]) if isinstance(row.get(c), dict) else str(row.get(c, "")) for c in header]
+                 for row in some]  # fmt: skip
         tables.append((title, header, cells))
     return tables
 
@@ -216,11 +231,11 @@ def _published(results: dict[str, Any], name: str) -> float | None:
     return next((arm["published"] for arm in results["arms"] if arm["name"] == name), None)
 
 
-def _value(number: dict[str, float] | None, *, sign: bool = False) -> str:
+def _value(number: dict[str, Any] | None, *, sign: bool = False) -> str:
     if number is None:
         return ""
     mean = f"{number['mean']:+.2f}" if sign else f"{number['mean']:.2f}"
-    return mean if math.isnan(number["se"]) else f"{mean} ± {number['se']:.2f}"
+    return mean if number["se"] is None or math.isnan(number["se"]) else f"{mean} ± {number['se']:.2f}"
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -24,11 +24,11 @@ SA_STEP = 0.01
 
 
 def amortized(parts: Setup) -> guides.Amortized:
-    return guides.Amortized(parts.vae, parts.encoder(2 * parts.dim))
+    return guides.Amortized(parts.model, parts.encoder(2 * parts.dim))
 
 
 def mixture(parts: Setup, components: int, trunk: Any = "separate") -> guides.RecursiveMixture:
-    return guides.RecursiveMixture(parts.vae, parts.encoder(2 * parts.dim), components, trunk=trunk)
+    return guides.RecursiveMixture(parts.model, parts.encoder(2 * parts.dim), components, trunk=trunk)
 
 
 def refined(parts: Setup, num_steps: int) -> guides.SemiAmortized:
@@ -37,12 +37,12 @@ def refined(parts: Setup, num_steps: int) -> guides.SemiAmortized:
 
 def iaf(parts: Setup) -> guides.Amortized:
     flow = flows.IAF(dim=parts.dim, num_transforms=4, context=parts.dim, hidden=[max(parts.preset.hidden)])
-    return guides.Amortized(parts.vae, parts.encoder(flow.num_params), family=flow)
+    return guides.Amortized(parts.model, parts.encoder(flow.num_params), family=flow)
 
 
 def householder(parts: Setup) -> guides.Amortized:
     flow = flows.Householder(dim=parts.dim, num_transforms=4)
-    return guides.Amortized(parts.vae, parts.encoder(flow.num_params), family=flow)
+    return guides.Amortized(parts.model, parts.encoder(flow.num_params), family=flow)
 
 
 def measure(guide: Guide, split: Split, preset: Preset, progress: bool, arm: str) -> list[dict[str, Any]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyrovae.data import ImageData
 from pyrovae.errors import TrainingDiverged
-from pyrovae.guides.base import Guide
 from pyrovae.provenance import Provenance
 from pyrovae.runtime import seeded, threads
 from reproduction.evaluation import differences, evaluate
@@ -64,7 +64,7 @@ def run(experiment: Experiment, options: Options, say: Callable[[str], None] = p
     wanted = _choose(experiment, options)
     threads(options.threads)
     split = load(experiment, options.preset, options.device, options.data)
-    say(f"{split.images!r}: {len(split.train)} training and {len(split.test)} test images; "
+    say(f"{split.source!r}: {len(split.train)} training and {len(split.test)} test data; "
         f"{options.threads} threads, {options.device}, seed {options.seed}")  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
@@ -97,11 +97,17 @@ def _arm(
     say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """One arm's record, from its file where it is finished."""
-    parts = setup(experiment, options.preset, split, options.seed)
+    preset = options.preset if arm.kl_epochs is None else replace(options.preset, kl_epochs=arm.kl_epochs)
+    if arm.rows is not None and arm.rows < len(split.train):
+        # As many steps as the other arms take.
+        preset = replace(preset, epochs=preset.epochs * len(split.train) // arm.rows)
+        split = replace(split, train=split.train[: arm.rows])
+    parts = setup(experiment, preset, split, options.seed, arm)
     with seeded(options.seed):
         guide = arm.build(parts)
-    guide.to(options.device)
-    parts.vae.to(options.device)
+    parts.model.to(options.device)
+    if isinstance(guide, torch.nn.Module):  # what has no latents has a function for a guide
+        guide.to(options.device)
     seconds = options.seconds
     if arm.as_long_as is not None:
         other = next(record for record in done if record["name"] == arm.as_long_as)
@@ -110,8 +116,9 @@ def _arm(
                     "failed": f"{arm.as_long_as} diverged, so there is no time to train for"}  # fmt: skip
         seconds = other["seconds"]
     settings = {
-        **asdict(options.preset), "hidden": list(options.preset.hidden), "seed": options.seed, "guide": repr(guide),
-        "seconds": seconds, "by_time": arm.as_long_as is not None, "data": split.images.fingerprint,
+        **asdict(preset), "hidden": list(preset.hidden), "seed": options.seed,
+        "guide": getattr(guide, "__name__", repr(guide)), "rows": len(split.train),
+        "seconds": seconds, "by_time": arm.as_long_as is not None, "data": split.fingerprint,
         "device": options.device,
     }  # fmt: skip
     folder = options.out / arm.slug
@@ -121,23 +128,27 @@ def _arm(
         return {**record, "published": arm.published}
     record = {"name": arm.name, "published": arm.published, "settings": settings, "failed": None}
     loss = None if arm.loss is None else arm.loss()
+    schedule = None if arm.schedule is None else arm.schedule(preset, split)
     try:
+        if arm.prepare is not None and not (folder / "checkpoint.pt").exists():
+            arm.prepare(parts, guide, options.seed)
         result, clock = train(
-            guide, loss, split, options.preset, folder, seed=options.seed, seconds=seconds,
-            by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress, schedule=arm.schedule,
+            parts.model, guide, loss, split, preset, folder, seed=options.seed, seconds=seconds,
+            by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress, schedule=schedule,
         )  # fmt: skip
     except TrainingDiverged as error:  # a result as well: the other arms go on
         record["failed"] = str(error)
         say(f"{arm.name}: {error}")
     else:
+        judge = guide if arm.judge is None else arm.judge(parts).to(options.device)
         numbers, values = evaluate(
-            guide, split.test, options.preset.num_samples, seed=options.seed, name=arm.name,
+            parts.model, judge, split.test, preset.num_samples, seed=options.seed, name=arm.name,
             progress=options.progress,
         )  # fmt: skip
         record |= {
             "objective": result.objective, "epochs": clock.epochs, "best_epoch": result.best_epoch,
             "steps": result.steps, "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds,
-            "out_of_time": arm.as_long_as is None and clock.epochs < options.preset.epochs,
+            "out_of_time": arm.as_long_as is None and clock.epochs < preset.epochs,
             "curve": result.curve, "validation": [list(item) for item in result.validation],
             "numbers": numbers, "values": values,
             "provenance": _provenance(experiment, options, split, result.kl_weight).to_dict(),
@@ -170,19 +181,19 @@ def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _extra(experiment: Experiment, arm: Arm, guide: Guide, split: Split, options: Options) -> list[dict[str, Any]]:
-    if experiment.measure is None:
+def _extra(experiment: Experiment, arm: Arm, guide: Any, split: Split, options: Options) -> list[dict[str, Any]]:
+    if experiment.measure is None or not hasattr(guide, "traits"):
         return []
     return experiment.measure(guide, split, options.preset, options.progress, arm.name)
 
 
 def _provenance(experiment: Experiment, options: Options, split: Split, kl_weight: float) -> Provenance:
-    images = split.images
+    images = split.source if isinstance(split.source, ImageData) else None
     return Provenance(
-        data=images.name, fingerprint=images.fingerprint, split=f"first {len(split.test)} test images",
-        num_data=len(split.test), binarization=images.binarization, preprocessing=images.preprocessing,
-        likelihood=experiment.likelihood, seed=options.seed, num_samples=options.preset.num_samples,
-        dtype=str(split.test.dtype).removeprefix("torch."), device=options.device, kl_weight=kl_weight,
+        data=split.source.name, fingerprint=split.fingerprint, split=f"first {len(split.test)} test data",
+        num_data=len(split.test), binarization="" if images is None else images.binarization,
+        preprocessing="" if images is None else images.preprocessing, likelihood=experiment.likelihood,
+        seed=options.seed, num_samples=options.preset.num_samples, device=options.device, kl_weight=kl_weight,
     )  # fmt: skip
 
 
@@ -191,8 +202,8 @@ def _results(experiment: Experiment, options: Options, split: Split, arms: list[
     return {
         "experiment": experiment.name, "preset": options.preset_name, "seed": options.seed,
         "settings": {**asdict(options.preset), "hidden": list(options.preset.hidden)},
-        "train_rows": len(split.train), "test_rows": len(split.test), "data": repr(split.images),
-        "split": split.images.split, "baseline": experiment.baseline, "machine": _machine(options),
+        "train_rows": len(split.train), "test_rows": len(split.test), "data": repr(split.source),
+        "split": split.source.split, "baseline": experiment.baseline, "machine": _machine(options),
         "differences": differences(arms, experiment.baseline),
         "arms": [{key: value for key, value in arm.items() if key != "values"} for arm in arms],
     }  # fmt: skip
@@ -205,7 +216,10 @@ def _machine(options: Options) -> str:
 
 
 def _line(numbers: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value['mean']:.2f} ± {value['se']:.2f}" for name, value in numbers.items())
+    return ", ".join(
+        f"{name} {value['mean']:.2f}" + ("" if value["se"] is None else f" ± {value['se']:.2f}")
+        for name, value in numbers.items()
+    )
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ SA = "SA-VAE, K = 20, step 0.03"
 
 
 def amortized(parts: Setup) -> guides.Amortized:
-    return guides.Amortized(parts.vae, parts.encoder(2 * parts.dim))
+    return guides.Amortized(parts.model, parts.encoder(2 * parts.dim))
 
 
 def refined(parts: Setup, num_steps: int, step_size: float) -> guides.SemiAmortized:

@@ -32,7 +32,7 @@ class Zeros(nn.Module):
 
 
 def amortized(parts: Setup) -> guides.Amortized:
-    return guides.Amortized(parts.vae, parts.encoder(2 * parts.dim))
+    return guides.Amortized(parts.model, parts.encoder(2 * parts.dim))
 
 
 def refined(base: guides.Amortized, gradient: str, num_steps: int = 20) -> guides.SemiAmortized:
@@ -40,7 +40,7 @@ def refined(base: guides.Amortized, gradient: str, num_steps: int = 20) -> guide
 
 
 def svi(parts: Setup, num_steps: int) -> guides.SemiAmortized:
-    return refined(guides.Amortized(parts.vae, Zeros(2 * parts.dim)), "detached", num_steps)
+    return refined(guides.Amortized(parts.model, Zeros(2 * parts.dim)), "detached", num_steps)
 
 
 EXPERIMENT = Experiment(

@@ -8,7 +8,7 @@ from typing import Any
 
 from reproduction.experiment import Experiment
 
-__all__ = ["over_seeds", "pairs"]
+__all__ = ["measured", "over_seeds", "pairs"]
 
 
 def over_seeds(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -36,6 +36,35 @@ def over_seeds(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def measured(runs: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of the tables of further numbers, means ± standard deviations over seeds, where an arm
+    has several rows or arms differ in their columns (the others stand in `over_seeds`)."""
+    if _measured(runs[0]):
+        return []
+    found: dict[str, dict[tuple[str, ...], dict[str, list[float]]]] = {}
+    names: dict[str, list[str]] = {}
+    records = [arm for results in runs for arm in results["arms"]]
+    for name, row in [(arm["name"], row) for arm in records for row in arm.get("extra", ())]:
+        words = {"arm": name, **{k: v for k, v in row.items() if k != "table" and not isinstance(v, dict)}}
+        names.setdefault(row["table"], list(words))
+        cells = found.setdefault(row["table"], {}).setdefault(tuple(map(str, words.values())), {})
+        for column, value in row.items():
+            if isinstance(value, dict):
+                cells.setdefault(column, []).append(value["mean"])
+    tables = []
+    for title, rows in found.items():
+        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+        body = [[*words, *(_spread(cells.get(column, [])) for column in columns)] for words, cells in rows.items()]
+        tables.append((title, [*names[title], *columns], body))
+    return tables
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
 def pairs(experiment: Experiment, runs: list[dict[str, Any]]) -> list[str]:
     """The comparisons that the experiment is for, seed by seed."""
     facts = []
@@ -59,7 +88,7 @@ def _arm(results: dict[str, Any], name: str) -> dict[str, Any] | None:
 def _measured(results: dict[str, Any]) -> list[str]:
     """Further numbers of which every arm has one."""
     rows = [arm.get("extra", ()) for arm in results["arms"] if not arm["failed"]]
-    if not all(len(some) == 1 for some in rows):
+    if not all(len(some) == 1 and some[0].keys() == rows[0][0].keys() for some in rows):
         return []
     return [column for column, value in rows[0][0].items() if isinstance(value, dict)] if rows else []
 

@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pyrovae import checkpoint, fit, handlers
-from pyrovae.guides.base import Guide
 from pyrovae.optim import Adam
-from pyrovae.schedules import RecursiveSchedule
+from pyrovae.schedules import Schedule
 from pyrovae.training import FitResult
 from reproduction.experiment import Preset, Split
 
@@ -58,8 +55,8 @@ class Clock:
 
 
 def train(
-    guide: Guide, loss: Any, split: Split, preset: Preset, folder: Path, *, seed: int, seconds: float | None,
-    by_time: bool, name: str, progress: bool, schedule: RecursiveSchedule | None = None,
+    model: Any, guide: Any, loss: Any, split: Split, preset: Preset, folder: Path, *, seed: int, seconds: float | None,
+    by_time: bool, name: str, progress: bool, schedule: Schedule | None = None,
 ) -> tuple[FitResult, Clock]:  # fmt: skip
     """Train until the preset's epochs are done or the seconds have passed; whole epochs, at least one.
 
@@ -82,7 +79,7 @@ def train(
             if target < epochs:  # this call is not the last one
                 warnings.filterwarnings("ignore", message="the KL schedule takes")
             label = f"{name}, to epoch {target}"
-            result = _fit(guide, loss, schedule, split, preset, target, path, seed, label, progress)
+            result = _fit(model, guide, loss, schedule, split, preset, target, path, seed, label, progress)
         if result.epochs > clock.epochs:
             clock.add(result.epochs, here, time.perf_counter() - began, time.process_time() - cpu)
             clock.write(clock_path)
@@ -103,18 +100,18 @@ def _next(clock: Clock, epochs: int, seconds: float | None, kl_epochs: int) -> i
 
 
 def _fit(
-    guide: Guide, loss: Any, schedule: RecursiveSchedule | None, split: Split, preset: Preset, epochs: int, path: Path,
+    model: Any, guide: Any, loss: Any, schedule: Schedule | None, split: Split, preset: Preset, epochs: int, path: Path,
     seed: int, label: str, progress: bool,
 ) -> FitResult:  # fmt: skip
     per_epoch = -(-len(split.train) // preset.batch_size)
     kl_weight: Any = 1.0
     if preset.kl_epochs:
         kl_weight = handlers.LinearSchedule(steps=preset.kl_epochs * per_epoch, start=0.1)
-    validation: Tensor | None = split.validation
+    validation = split.validation
     return fit(
-        guide.model, guide, split.train, loss=loss, schedule=schedule, epochs=epochs, batch_size=preset.batch_size,
-        optimizer=Adam(lr=preset.learning_rate, eps=preset.adam_eps), transform=split.images.transform,
-        kl_weight=kl_weight, validation=validation, patience=None if validation is None else _FOREVER,
-        max_norm=preset.max_norm, seed=seed, checkpoint=path, checkpoint_every=500, description=label,
-        progress=progress,
+        model, guide, split.train, loss=loss, schedule=schedule, epochs=epochs, batch_size=preset.batch_size,
+        optimizer=Adam(lr=preset.learning_rate, eps=preset.adam_eps),
+        transform=getattr(split.source, "transform", None), kl_weight=kl_weight, validation=validation,
+        patience=None if validation is None else _FOREVER, max_norm=preset.max_norm, seed=seed, checkpoint=path,
+        checkpoint_every=500, description=label, progress=progress,
     )  # fmt: skip

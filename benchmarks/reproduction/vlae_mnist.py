@@ -11,17 +11,17 @@ __all__ = ["EXPERIMENT", "amortized", "damped", "laplace"]
 
 
 def amortized(parts: Setup) -> guides.Amortized:
-    return guides.Amortized(parts.vae, parts.encoder(2 * parts.dim))
+    return guides.Amortized(parts.model, parts.encoder(2 * parts.dim))
 
 
 def laplace(parts: Setup) -> guides.Laplace:
     """Newton-CG to the mode, differentiated implicitly; the covariance through products and probes."""
-    return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4)
+    return guides.Laplace(parts.model, parts.encoder(parts.dim), num_steps=4)
 
 
 def damped(parts: Setup) -> guides.Laplace:
     """The steps of the paper, everything differentiated."""
-    return guides.Laplace(parts.vae, parts.encoder(parts.dim), num_steps=4, update="damped")
+    return guides.Laplace(parts.model, parts.encoder(parts.dim), num_steps=4, update="damped")
 
 
 def refined(parts: Setup, step_size: float) -> guides.SemiAmortized:
@@ -30,14 +30,14 @@ def refined(parts: Setup, step_size: float) -> guides.SemiAmortized:
 
 def householder(parts: Setup) -> guides.Amortized:
     flow = flows.Householder(dim=parts.dim, num_transforms=4)
-    return guides.Amortized(parts.vae, parts.encoder(flow.num_params), family=flow)
+    return guides.Amortized(parts.model, parts.encoder(flow.num_params), family=flow)
 
 
 def iaf(parts: Setup) -> guides.Amortized:
     flow = flows.IAF(
         dim=parts.dim, num_transforms=4, context=parts.dim, hidden=[max(parts.preset.hidden)], activation=nn.PReLU
     )
-    return guides.Amortized(parts.vae, parts.encoder(flow.num_params), family=flow)
+    return guides.Amortized(parts.model, parts.encoder(flow.num_params), family=flow)
 
 
 EXPERIMENT = Experiment(

@@ -14,8 +14,10 @@ import torch
 
 NAMES = [
     "vlae-mnist", "laplace-quality", "vlae-mnist-bernoulli", "savae-mnist", "savae-omniglot", "gaps-mnist",
-    "rme-omniglot", "hvae-mnist",
+    "rme-omniglot", "hvae-mnist", "lossy-mnist", "lossy-omniglot", "mae-omniglot", "savae-omniglot-pixelcnn",
+    "ladder-mnist", "vlac-mnist", "infovae-mnist", "collapse-text", "collapse-text-ptb",
 ]  # fmt: skip
+LABELLED = ("ladder-mnist", "vlac-mnist", "infovae-mnist", "mae-omniglot")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +45,29 @@ def keep_threads():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A data set of 6x6 grey images: a bright square somewhere on a dark ground."""
+    """A data set of 8x8 grey images: a bright square on a dark ground, on the left (class 0) or on the right."""
     rng = np.random.default_rng(0)
-    grey = rng.integers(0, 40, (62, 6, 6))
-    for image in grey:
-        row, column = rng.integers(0, 4, 2)
-        image[row : row + 3, column : column + 3] += 180
+    grey, labels = rng.integers(0, 40, (80, 8, 8)), rng.integers(0, 2, 80)
+    for image, label in zip(grey, labels, strict=True):
+        row = rng.integers(0, 6)
+        image[row : row + 3, 4 * label : 4 * label + 3] += 180
     path = tmp_path_factory.mktemp("data") / "squares.npz"
-    np.savez(path, train=grey[:50].astype(np.uint8), test=grey[50:].astype(np.uint8))
+    np.savez(path, train=grey[:50].astype(np.uint8), test=grey[50:].astype(np.uint8), train_labels=labels[:50],
+             test_labels=labels[50:])  # fmt: skip
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder of texts: a few words in any order."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("texts")
+    for file, number in (("ptb/ptb.train.txt", 50), ("ptb/ptb.valid.txt", 10), ("ptb/ptb.test.txt", 10),
+                         ("yahoo/val.txt", 1050), ("yahoo/test.txt", 10)):  # fmt: skip
+        path = root / file
+        path.parent.mkdir(exist_ok=True)
+        lines = [" ".join(rng.choice(list("abcdefg"), rng.integers(1, 9))) for _ in range(number)]
+        path.write_text("\n".join(lines))
+    return str(root)
 
 
 def options(bench, name, images, out, *, epochs=1, preset="quick", **changes):
@@ -60,7 +76,8 @@ def options(bench, name, images, out, *, epochs=1, preset="quick", **changes):
     full = bench.EXPERIMENTS[name].presets[preset]
     small = replace(
         full, epochs=epochs, train_rows=40, test_rows=7, validation_rows=min(full.validation_rows, 8), num_samples=30,
-        batch_size=20, hidden=(12, 12), latent_dim=4, kl_epochs=min(full.kl_epochs, 1), extra_rows=3, extra_steps=40,
+        batch_size=20, hidden=(12, 12), latent_dim=4, kl_epochs=min(full.kl_epochs, 1),
+        extra_rows=24 if name in LABELLED else 3, extra_steps=40 if name == "gaps-mnist" else 2,
     )  # fmt: skip
     return runner.Options(preset, small, out, threads=1, data=images, progress=False, **changes)
 
@@ -70,17 +87,19 @@ def go(bench, name, *args, say=lambda text: None, **kwargs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_arm_runs_to_the_page(bench, images, tmp_path, name):
+def test_every_arm_runs_to_the_page(bench, images, texts, tmp_path, name):
     experiment = bench.EXPERIMENTS[name]
     out = tmp_path / name
-    results = go(bench, name, images, out, preset="paper")
+    # Arms with and without a warm-up are only comparable once it has ended.
+    epochs = 1 if all(arm.kl_epochs is None for arm in experiment.arms) else 2
+    results = go(bench, name, texts if "text" in name else images, out, preset="paper", epochs=epochs)
     assert results == json.loads((out / "results.json").read_text())
     assert [arm["name"] for arm in results["arms"]] == [arm.name for arm in experiment.arms]
 
     values = {}
     for arm, record in zip(experiment.arms, results["arms"], strict=True):
         assert record["failed"] is None
-        assert arm.as_long_as is not None or record["epochs"] == 1
+        assert arm.as_long_as is not None or record["epochs"] == epochs
         stored = json.loads((out / arm.slug / "arm.json").read_text())["values"]
         elbo, iwae = (torch.tensor(stored[key], dtype=torch.float64) for key in ("ELBO", "IWAE"))
         assert elbo.shape == iwae.shape == (7,)
@@ -100,6 +119,21 @@ def test_every_arm_runs_to_the_page(bench, images, tmp_path, name):
     for record in results["arms"]:
         number = record["numbers"]["IWAE-30"]
         assert f"{number['mean']:.2f} ± {number['se']:.2f}" in text
+        if name in LABELLED and "alone" not in record["name"]:
+            assert record["extra"]
+        if "text" in name:
+            lengths = _test_lengths(texts, experiment.data)
+            stored = json.loads((out / experiment_slug(experiment, record) / "arm.json").read_text())["values"]["IWAE"]
+            assert math.isclose(record["numbers"]["PPL"]["mean"], math.exp(-sum(stored) / sum(lengths)), rel_tol=1e-9)
+
+
+def experiment_slug(experiment, record):
+    return next(arm.slug for arm in experiment.arms if arm.name == record["name"])
+
+
+def _test_lengths(root, name):
+    lines = (Path(root) / name / ("ptb.test.txt" if name == "ptb" else "test.txt")).read_text().splitlines()[:7]
+    return [len(line.split()) + 1 for line in lines]
 
 
 def test_gaps_add_up(bench, images, tmp_path):
@@ -271,3 +305,25 @@ def test_command_line(bench, images, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         bench.main([])
     assert "name an experiment" in capsys.readouterr().err
+
+
+def test_tables_of_several_rows_over_seeds(bench, images, tmp_path):
+    """Groups stay apart, arms without a group have no row of it."""
+    arms = ("B, one group", "B, two groups")
+    runs = [go(bench, "vlac-mnist", images, tmp_path / str(seed), arms=arms, seed=seed) for seed in (0, 1)]
+    (title, header, rows), = sys.modules["reproduction.seeds"].measured(runs)
+    assert header[:4] == ["arm", "group", "of", "Hungarian %"]
+    assert [row[:3] for row in rows] == [
+        ["B, one group", "z1", "10"], ["B, two groups", "z1", "10"], ["B, two groups", "z2", "10"]
+    ]  # fmt: skip
+    values = [next(a for a in run["arms"] if a["name"] == arms[1])["extra"][1]["Hungarian %"]["mean"] for run in runs]
+    mean, spread = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
+    assert rows[2][3] == f"{mean:.2f} ± {spread:.2f}"
+    assert f"{title}; means ± standard deviation over seeds" in sys.modules["reproduction.page"].page(runs)
+
+
+def test_what_a_decoder_does_alone_is_exact(bench, images, tmp_path):
+    """The decoder without a code: log p(x) to the last digit, no KL, no information."""
+    numbers = go(bench, "lossy-mnist", images, tmp_path, arms=("PixelCNN alone",))["arms"][0]["numbers"]
+    assert numbers["ELBO"] == numbers["IWAE-30"]
+    assert numbers["KL"]["mean"] == numbers["MI"]["mean"] == numbers["AU"]["mean"] == 0
