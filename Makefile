@@ -1,11 +1,11 @@
-# make install | lint | typecheck | test | test-arviz1 | demo | bench | reproduce NAME=savae-mnist
+# make install | lint | typecheck | test | test-slow | test-arviz1 | demo | bench | reproduce NAME=savae-mnist
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(CURDIR)/$(VENV)/bin
 STAMP   := $(VENV)/.installed
 JOBS    ?= 2
 
-.PHONY: install lint typecheck test test-arviz1 demo bench reproduce clean
+.PHONY: install lint typecheck test test-slow test-arviz1 demo bench reproduce clean
 
 install: $(STAMP)
 
@@ -30,7 +30,11 @@ typecheck: $(STAMP)
 	cd build/mypy && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p pyrovae
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q --durations=10 -m "not slow"
+
+# Notebooks, reproductions from end to end, posteriordb: what seldom breaks and takes long.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q --durations=10 -m slow
 
 # The adapter for ArviZ >= 1 (Python 3.12 and newer) in an environment of its own, without torch.
 test-arviz1: $(STAMP)

@@ -25,6 +25,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: notebooks cannot be run")

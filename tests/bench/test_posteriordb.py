@@ -11,6 +11,8 @@ from bench.posteriordb import POSTERIORS
 
 from pyrovae import reference
 
+pytestmark = pytest.mark.slow
+
 
 def hold(name, found):
     """Every mean within 4 combined standard errors, every sd within 5 % (or 4 of its own errors, if those are more)."""

@@ -86,6 +86,7 @@ def go(bench, name, *args, say=lambda text: None, **kwargs):
     return sys.modules["reproduction.runner"].run(bench.EXPERIMENTS[name], options(bench, name, *args, **kwargs), say)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_arm_runs_to_the_page(bench, images, texts, tmp_path, name):
     experiment = bench.EXPERIMENTS[name]
@@ -136,6 +137,7 @@ def _test_lengths(root, name):
     return [len(line.split()) + 1 for line in lines]
 
 
+@pytest.mark.slow
 def test_gaps_add_up(bench, images, tmp_path):
     results = go(bench, "gaps-mnist", images, tmp_path, arms=("VAE", "SA-VAE, K = 20, step 0.03"))
     rows = [row for arm in results["arms"] for row in arm["extra"]]
@@ -205,6 +207,7 @@ def test_clock(bench):
     assert clock.seconds == 12.0
 
 
+@pytest.mark.slow
 def test_same_time_arms_train_for_that_time(bench, images, tmp_path):
     results = go(bench, "savae-mnist", images, tmp_path, epochs=3)
     seconds = {arm["name"]: (arm["seconds"], arm["epochs"]) for arm in results["arms"]}
@@ -262,6 +265,7 @@ def test_page_says_what_did_not_come_out(bench):
     assert "| wild | failed |" in text
 
 
+@pytest.mark.slow
 def test_seeds_together(bench, images, tmp_path):
     """Means over seeds, in how many seeds an arm is ahead, and the pairs that the experiment is for."""
     arms = ("VAE", "ME(2)", "RME(2)")
@@ -307,6 +311,7 @@ def test_command_line(bench, images, tmp_path, capsys, monkeypatch):
     assert "name an experiment" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tables_of_several_rows_over_seeds(bench, images, tmp_path):
     """Groups stay apart, arms without a group have no row of it."""
     arms = ("B, one group", "B, two groups")
