@@ -11,6 +11,7 @@ if __name__ == "models":  # imported from the repository root: be the same packa
 else:
     from pyrovae.models.ladder_vae import LadderVAE
     from pyrovae.models.language_model import LanguageModel, no_latents
+    from pyrovae.models.pixel_model import PixelModel
     from pyrovae.models.pixelcnn_vae import LossyVAE, PixelCNNVAE
     from pyrovae.models.ppca import PPCA
     from pyrovae.models.text_vae import TextVAE
@@ -24,6 +25,6 @@ else:
     }  # fmt: skip
 
     __all__ = [
-        "PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LanguageModel", "LossyVAE", "PixelCNNVAE", "TextVAE",
-        "no_latents",
+        "PPCA", "REGISTRY", "VAE", "VLAC", "LadderVAE", "LanguageModel", "LossyVAE", "PixelCNNVAE", "PixelModel",
+        "TextVAE", "no_latents",
     ]  # fmt: skip

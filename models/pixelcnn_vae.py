@@ -103,7 +103,8 @@ class LossyVAE(PixelCNNVAE):
         layers: L of the stacked window, which reaches L pixels up and to the left; 6 by default.
         outputs: parameters per pixel; one logit for each channel by default.
         width: of the window's net.
-        num_transforms, hidden: of the prior's flow; 0 transforms for N(0, I).
+        num_transforms, hidden: of the prior's flow; 0 transforms for N(0, I). In short runs a flow can take over what
+            the code would say: see `diagnose.information`.
 
     Example:
         >>> from pyrovae.nets import LinearHeadDecoder

@@ -176,7 +176,9 @@ def fit(
     path = Path(checkpoint) if checkpoint is not None else None
     state: dict[str, Any] = {}
     try:
-        with seeded(seed), store.fresh() as state:
+        with seeded(seed), warnings.catch_warnings(), store.fresh() as state:
+            # What the caller froze stays out of Pyro's store on purpose.
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store")
             run.create_parameters(outer)
             identity = run.identity(seed) if path is not None else {}
             if path is not None and resume and path.exists():

@@ -12,8 +12,8 @@ from torch import nn
 from pyrovae import checkpoint, diagnose, fit, guides, handlers, losses
 from pyrovae.data.text import PAD, Vocabulary
 from pyrovae.errors import DataError, IncompatibleError
-from pyrovae.models import PPCA, VAE, LanguageModel, TextVAE, no_latents
-from pyrovae.nets import MLP, LinearHeadDecoder, LSTMDecoder, LSTMEncoder
+from pyrovae.models import PPCA, VAE, LanguageModel, PixelModel, TextVAE, no_latents
+from pyrovae.nets import MLP, LinearHeadDecoder, LSTMDecoder, LSTMEncoder, PixelCNN
 from pyrovae.optim import Adam
 from pyrovae.schedules import AggressiveEncoder
 
@@ -249,6 +249,34 @@ def _pair(decoder):
     for p in encoder.parameters():
         p.zero_()  # the prior: no KL
     return model, guides.Amortized(model, encoder, encoder_input=lambda x: x.float())
+
+
+def test_frozen_parameters_make_no_noise(recwarn):
+    x, model, guide = toy()
+    before = [p.detach().clone() for p in model.requires_grad_(False).parameters()]
+    fit(model, guide, x, max_steps=2, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not [w for w in recwarn if "param store" in str(w.message)]
+
+
+def test_pixel_model_is_exact():
+    """log p of the four images of two pixels sums to one; it is what training maximises, and refuses a guide."""
+    torch.manual_seed(0)
+    model = PixelModel(PixelCNN(1, 1, width=8, kernel_sizes=(3, 3)), (1, 2)).double()
+    images = torch.tensor([[a, b] for a in (0.0, 1.0) for b in (0.0, 1.0)]).double().view(4, 1, 1, 2)
+    total = torch.logsumexp(model.log_prob(images), 0)
+    assert float(total.detach()) == pytest.approx(0.0, abs=1e-12)
+    loss = float(Trace_ELBO().loss(model, no_latents, images))
+    assert loss == pytest.approx(-float(model.log_prob(images).detach().sum()), rel=1e-12)
+    x = images[[3, 3, 3, 0]]
+    result = fit(model, no_latents, x, epochs=150, batch_size=4, optimizer=Adam(lr=0.03), progress=False)
+    entropy = 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
+    assert entropy - 0.05 < result.curve[-1] < entropy + 1e-9
+    assert model(None, size=1).shape == (1, 1, 1, 2)
+    with pytest.raises(DataError, match="reshape either"):
+        model.log_prob(torch.zeros(2, 2).double())
+    with pytest.raises(IncompatibleError, match="no_latents"):
+        fit(model, guides.Amortized(model, MLP([2, 4])), x, max_steps=1, progress=False)
 
 
 def test_a_model_without_latents_refuses_guides():

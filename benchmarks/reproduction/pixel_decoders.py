@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pyro
-import torch
-from pyro.nn import PyroModule
-from torch import Tensor, nn
-
 from pyrovae import flows, guides
-from pyrovae.autoregressive import AutoregressiveFlow, AutoregressiveImages
-from pyrovae.models import PixelCNNVAE, no_latents
+from pyrovae.autoregressive import AutoregressiveFlow
+from pyrovae.models import PixelCNNVAE, PixelModel, no_latents
 from pyrovae.nets import LinearHeadDecoder, PixelCNN
 from reproduction.experiment import Preset, Setup, Split
 
 __all__ = ["amortized", "iaf", "models", "without_latents"]
 
 FEATURES = 4  # maps of z beside the image
-
-
-class Unconditional(PyroModule):
-    """p(x) of the decoder alone: feature maps that do not depend on a code. Site "x", plate "data"."""
-
-    def __init__(self, net: nn.Module, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.net = net
-        self.maps = nn.ParameterDict({"x": torch.zeros(FEATURES, *shape)})
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", self._images(len(x)), obs=x)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), `[B]`, nats."""
-        return self._images(len(x)).log_prob(x)
-
-    def _images(self, number: int) -> AutoregressiveImages:
-        maps: Tensor = self.maps["x"]
-        return AutoregressiveImages(self.net, maps.expand(number, *maps.shape))
 
 
 def pixelcnn(
@@ -53,8 +27,10 @@ def pixelcnn(
     return PixelCNNVAE(features, net, preset.latent_dim, prior=prior)
 
 
-def unconditional(preset: Preset, split: Split, *, width: int, kernel_sizes: tuple[int, ...]) -> Unconditional:
-    return Unconditional(PixelCNN(1, 1, FEATURES, width=width, kernel_sizes=kernel_sizes), split.event_shape[1:])
+def unconditional(preset: Preset, split: Split, *, width: int, kernel_sizes: tuple[int, ...]) -> PixelModel:
+    height, breadth = split.event_shape[1:]
+    net = PixelCNN(1, 1, FEATURES, width=width, kernel_sizes=kernel_sizes)
+    return PixelModel(net, (height, breadth), num_features=FEATURES)
 
 
 def models(width: int, kernel_sizes: tuple[int, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -24,6 +24,7 @@ def training(curves: Mapping[str, tuple[str, Sequence[float]]]) -> Figure:
             if objective == kind:
                 axis.plot(range(1, len(values) + 1), values, color=colors[name], label=name, linewidth=1.4)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(f"{kind}, nats per datum")
         axis.legend(frameon=False, fontsize=8)
         bare(axis)

@@ -343,7 +343,7 @@ def test_classes_that_a_loss_cannot_sum_over_are_named(loss):
 
 
 def test_prior_and_likelihood_are_told_apart_where_classes_are_summed_out():
-    """log p(z) and log p(x | z) of the enumerated model are those of the collapsed one, and so is the KL to the prior."""
+    """log p(z) and log p(x | z) of the enumerated model are the collapsed one's, and so is the KL to the prior."""
     torch.manual_seed(0)
     options = {"sizes": [2, 1], "num_clusters": [3, 4], "likelihood": "gaussian"}
     collapsed = VLAC(nn.Linear(3, 5), **options).double()
