@@ -57,6 +57,48 @@ def compare(
 
 
 @app.command()
+def fit(
+    model: Annotated[str, typer.Option(help="vae, ppca, ladder, vlac, pixelcnn, lossy, text, language-model")] = "vae",
+    guide: Annotated[str, typer.Option(help="how latents are inferred [default: amortized]")] = "",
+    loss: Annotated[str, typer.Option(help="what is trained [default: the guide's own, mostly elbo]")] = "",
+    data: Annotated[str, typer.Option(help="images or text by name, or an .npz file")] = "digits",
+    out: Annotated[str, typer.Option(help="folder to write [default: runs/fit-<model>-<data>]")] = "",
+    latent_dim: Annotated[int | None, typer.Option(min=1, help="latents per datum, of ladders per group")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="of training (at most 10 with --quick)")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="data in a training step")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="of Adam")] = 1e-3,
+    kl_warmup: Annotated[int | None, typer.Option(
+        min=0, help="epochs of a KL weight from 0.1 to 1 [default: 10 for ladders and text, else 0]"
+    )] = None,
+    schedule: Annotated[str, typer.Option(help="none, aggressive, deep-first or recursive")] = "none",
+    binarization: Annotated[str, typer.Option(help="static, dynamic or none [default: as the model needs]")] = "",
+    patience: Annotated[int, typer.Option(min=0, help="epochs that held-out data wait for better; 0: no end")] = 0,
+    num_samples: Annotated[int, typer.Option(min=25, help="importance draws per datum")] = 1000,
+    num_data: Annotated[int, typer.Option(min=2, help="test data evaluated, from the first")] = 1000,
+    classes: Annotated[str, typer.Option(help="of vlac: collapsed or enumerated")] = "collapsed",
+    seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default for small nets")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="a small run: shows everything, proves nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+) -> None:
+    """Train one model with one guide and one loss, evaluate it, write numbers and a page of pictures."""
+    from pyrovae.errors import ParameterCollision, TrainingDiverged
+
+    def work(say: Callable[[Any], None]) -> None:
+        from pyrovae.fitting import Settings, run
+
+        run(Settings(
+            model=model, guide=guide, loss=loss, data=data, out=out, latent_dim=latent_dim, epochs=epochs,
+            batch_size=batch_size, learning_rate=learning_rate, kl_warmup=kl_warmup, schedule=schedule,
+            binarization=binarization, patience=patience, num_samples=num_samples, num_data=num_data,
+            classes=cast(Any, classes), seed=seed, threads=threads, device=device, quick=quick, resume=resume,
+        ), say)  # fmt: skip
+
+    _after("fit", work, ParameterCollision, TrainingDiverged)
+
+
+@app.command()
 def certify(
     guides: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
     problems: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
@@ -156,19 +198,20 @@ def reference(
     )  # fmt: skip
 
 
-def _after(command: str, work: Callable[[Callable[[Any], None]], Any]) -> None:
-    """Run it on a console; bad input ends with one sentence and status 2."""
+def _after(command: str, work: Callable[[Callable[[Any], None]], Any], *others: type[Exception]) -> None:
+    """Run it on a console; bad input, and other errors that are named, end with one sentence and status 2."""
     from rich.console import Console
     from rich.markup import escape
 
     from pyrovae.errors import CheckpointError
 
+    expected: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, CheckpointError, *others)
     console = Console()
     if console.width < 150:
         console = Console(width=150)
     try:
         work(lambda item: console.print(item, highlight=False, soft_wrap=isinstance(item, str)))
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
+    except expected as error:
         console.print(f"[bold red]pyrovae {command}:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
 

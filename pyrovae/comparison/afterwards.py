@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pyrovae import diagnose as diagnostics
-from pyrovae import evidence, export, plots, report, runtime, table
+from pyrovae import evidence, export, plots, report, table
 from pyrovae import reference as references
-from pyrovae.comparison.recipes import hidden_width
+from pyrovae.comparison.machine import set_threads
 from pyrovae.comparison.saved import Saved, load
 from pyrovae.table import Number, Row
 
@@ -25,9 +25,7 @@ Say = Callable[[Any], None]
 
 def _open(folder: str | Path, threads: int | None) -> Saved:
     run = load(folder)
-    pixels = run.images.event_shape[0]
-    work = run.settings.batch_size * hidden_width(pixels) * pixels
-    runtime.threads(threads, work=0 if pixels <= 256 else work)
+    set_threads(threads, run.images.event_shape[0], run.settings.batch_size)
     return run
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import diagnose, evidence, reference, runtime, table
+from pyrovae.comparison.machine import require_device, set_threads
 from pyrovae.comparison.outcome import Outcome, Settings, no_density
-from pyrovae.comparison.recipes import FROZEN_EXTRAS, GUIDES, TUNED, build_guide, build_model, hidden_width
+from pyrovae.comparison.recipes import FROZEN_EXTRAS, GUIDES, TUNED, build_guide, build_model
 from pyrovae.guides.base import Guide
 from pyrovae.provenance import Provenance, fingerprint
 from pyrovae.table import Number, Row
@@ -34,10 +35,8 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     """Train, evaluate, compare, and write everything below `settings.out`."""
     images = datasets.load(settings.data, binarization=settings.binarization, seed=settings.seed)
     pixels = images.event_shape[0]
-    work = settings.batch_size * hidden_width(pixels) * pixels
-    threads = runtime.threads(settings.threads, work=0 if pixels <= 256 else work)
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("this machine has no GPU that torch can use: pass --device cpu")
+    threads = set_threads(settings.threads, pixels, settings.batch_size)
+    require_device(settings.device)
     likelihood = "gaussian" if settings.binarization == "none" else "bernoulli"
     train, test = images.train.to(settings.device), images.test.to(settings.device)
     if settings.quick:

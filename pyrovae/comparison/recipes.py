@@ -14,7 +14,7 @@ from pyrovae.guides.base import Guide
 from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.runtime import seeded
 
-__all__ = ["FROZEN_EXTRAS", "GUIDES", "TUNED", "build_guide", "build_model", "hidden_width"]
+__all__ = ["FROZEN_EXTRAS", "GUIDES", "TUNED", "Net", "Recipe", "build_guide", "build_model", "hidden_width"]
 
 
 def hidden_width(pixels: int) -> int:
@@ -36,37 +36,45 @@ def _encoder(vae: models.VAE, outputs: int) -> nn.Module:
     return MLP([pixels, width, width, outputs])
 
 
-def _amortized(vae: models.VAE, start: nn.Module | None) -> guides.Amortized:
-    return guides.Amortized(vae, start if start is not None else _encoder(vae, 2 * vae.latent_dim))
+# A new encoder with so many outputs.
+Net = Callable[[int], nn.Module]
 
 
-def _semi_amortized(vae: models.VAE, start: nn.Module | None) -> Guide:
+def _amortized(vae: Any, net: Net, start: nn.Module | None) -> guides.Amortized:
+    return guides.Amortized(vae, start if start is not None else net(2 * vae.latent_dim))
+
+
+def _semi_amortized(vae: Any, net: Net, start: nn.Module | None) -> Guide:
+    base = _amortized(vae, net, start)
     # Two antithetic pairs: with one draw per step, inner noise costs more than the steps gain on these small images.
-    return guides.SemiAmortized(_amortized(vae, start), num_steps=10, step_size=0.05, num_samples=2, antithetic=True)
+    return guides.SemiAmortized(base, num_steps=10, step_size=0.05, num_samples=2, antithetic=True)
 
 
-def _laplace(vae: models.VAE, start: nn.Module | None) -> Guide:
+def _laplace(vae: Any, net: Net, start: nn.Module | None) -> Guide:
     if start is None:
         # The published schedule: it stops short of the mode, so the trained encoder keeps a say in where.
-        return guides.Laplace(vae, _encoder(vae, vae.latent_dim), num_steps=4, update="damped")
+        return guides.Laplace(vae, net(vae.latent_dim), num_steps=4, update="damped")
     # Posteriors of small binary images span many linear pieces of the decoder: the curvature at one point is a noisy
     # stand-in for its average.
     return guides.Laplace(vae, start, num_steps=2, num_draws=8)
 
 
-def _laplace_at_mode(vae: models.VAE, start: nn.Module | None) -> Guide:
+def _laplace_at_mode(vae: Any, net: Net, start: nn.Module | None) -> Guide:
     return guides.Laplace(vae, start, num_steps=4)
 
 
-def _mixture(vae: models.VAE, start: nn.Module | None) -> Guide:
-    return guides.Mixture([_amortized(vae, start), _amortized(vae, None)])
+def _mixture(vae: Any, net: Net, start: nn.Module | None) -> Guide:
+    return guides.Mixture([_amortized(vae, net, start), _amortized(vae, net, None)])
 
 
-def _short_run(vae: models.VAE, start: nn.Module | None) -> Guide:
+def _short_run(vae: Any, net: Net, start: nn.Module | None) -> Guide:
     return guides.ShortRun(vae, num_steps=20, step_size=0.3)
 
 
-GUIDES: dict[str, Callable[[models.VAE, nn.Module | None], Guide]] = {
+# From any model with a `latent_dim`, what makes its encoders, and an encoder to start from or None.
+Recipe = Callable[[Any, Net, nn.Module | None], Guide]
+
+GUIDES: dict[str, Recipe] = {
     "amortized": _amortized,
     "semi-amortized": _semi_amortized,
     "laplace": _laplace,
@@ -75,7 +83,7 @@ GUIDES: dict[str, Callable[[models.VAE, nn.Module | None], Guide]] = {
 }
 
 
-FROZEN_EXTRAS: dict[str, Callable[[models.VAE, nn.Module | None], Guide]] = {
+FROZEN_EXTRAS: dict[str, Recipe] = {
     "amortized (tuned)": _amortized,
     "laplace (at the mode)": _laplace_at_mode,
 }
@@ -90,5 +98,5 @@ def build_guide(name: str, vae: models.VAE, seed: int, device: str, start: nn.Mo
     if name not in recipes:
         raise ValueError(f"unknown guide {name!r}: choose from {', '.join(GUIDES)}")
     with seeded(seed):
-        guide = recipes[name](vae, copy.deepcopy(start))
+        guide = recipes[name](vae, lambda outputs: _encoder(vae, outputs), copy.deepcopy(start))
     return guide.to(torch.device(device))

@@ -1,0 +1,189 @@
+"""Numbers of a trained run on test data; nothing here changes a weight.
+
+Bounds are of log p(x) in nats per datum, their standard errors over data. What has no value says why in words.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae import diagnose, evidence
+from pyrovae.chunks import per_chunk
+from pyrovae.diagnose.collapse import ACTIVE
+from pyrovae.errors import LatentError, NoDensityError
+from pyrovae.fitting.material import Material
+from pyrovae.fitting.outcome import Findings, Group
+from pyrovae.minibatches import Rows
+from pyrovae.runtime import evaluating
+from pyrovae.table import Number
+
+__all__ = ["evaluate", "perplexity"]
+
+_ROWS = 50  # sentences scored at once, of about one length
+_VALUES = 50_000_000  # that a layer may hold at once
+_APART = 1_000_003  # seeds of the parts of one datum's draws
+_DRAWS = 40  # of every posterior, for its mean and its KL
+_CHAIN = "unknown: the density is of the whole chain, not of z"
+_NO_DENSITY = "no bound: the guide has draws but no density"
+
+
+def evaluate(model: Any, guide: Any, material: Material, num_samples: int, seed: int) -> Findings:
+    """All numbers of a model and its guide on the test data."""
+    if not hasattr(guide, "traits"):
+        return _exact(model, material)
+    x, found = material.rows, Findings()
+    if guide.traits.has_density:
+        weights = _weights(model, guide, material, num_samples, seed)
+        elbo, iwae = evidence.summarize(weights)
+        found.khat = diagnose.pareto_khat(weights)
+        share = float((~(found.khat <= 0.7)).double().mean())
+        found.numbers = {
+            "ELBO": Number(elbo.mean, elbo.mean_se), iwae.name: Number(iwae.mean, iwae.mean_se),
+            "k-hat above 0.7": Number(share, math.sqrt(share * (1 - share) / len(x))),
+        }  # fmt: skip
+        if material.vocabulary is not None:
+            found.numbers["perplexity"] = perplexity(iwae.values, material.test.lengths)
+    else:
+        found.numbers = {"ELBO": _NO_DENSITY, f"IWAE-{num_samples}": _NO_DENSITY}
+        if material.vocabulary is not None:
+            found.numbers["perplexity"] = _NO_DENSITY
+    if hasattr(model, "log_evidence"):
+        with torch.no_grad():
+            found.numbers["log p(x), exact"] = _mean(model.log_evidence(x).double())
+    rows = min(64, _at_once(_DRAWS * material.width))
+    u = per_chunk(
+        lambda *some: guide.draws(_DRAWS, *some), (model, guide), (x,), {}, plate=guide.plate, batched=guide.batched,
+        seed=seed, chunk=rows,
+    )  # fmt: skip
+    found.centre = u.mean(0)
+    variance = _mean_variance(u)
+    _information(found, model, guide, x, variance, seed, rows)
+    if hasattr(model, "groups"):
+        found.groups = _groups(model, guide, material, u, variance, seed)
+    found.numbers["linear probe"] = _probe(found.centre, material.labels, seed)
+    return found
+
+
+def perplexity(log_likelihood: Tensor, lengths: Tensor) -> Number:
+    """exp of minus the mean over words, ends counted; the standard error is that of a ratio of means.
+
+    Args:
+        log_likelihood: `[N]`, nats a sentence.
+        lengths: `[N]`.
+    """
+    mean = float(log_likelihood.sum() / lengths.sum())
+    rest = (log_likelihood - mean * lengths) / lengths.double().mean()
+    return Number(math.exp(-mean), math.exp(-mean) * float(rest.std()) / math.sqrt(len(lengths)))
+
+
+def _exact(model: Any, material: Material) -> Findings:
+    """A model without latents is scored exactly."""
+    data = Rows(material.test)
+    values = torch.zeros(len(data), dtype=torch.float64)
+    with torch.no_grad(), evaluating(model):
+        for index in data.in_order(_ROWS):
+            values[index] = model.log_prob(*data.take(index)).double().cpu()
+    return Findings({
+        "log p(x), exact": _mean(values), "perplexity": perplexity(values, material.test.lengths),
+        "mutual information": "none: the model has no latents",
+    })  # fmt: skip
+
+
+def _weights(model: Any, guide: Any, material: Material, num_samples: int, seed: int) -> Tensor:
+    """log p(x, z) - log q(z | x), `[S, N]`; sentences by length, with the noise of their own places."""
+    if material.vocabulary is None:
+        rows = min(_at_once(material.width * num_samples), max(1, 64_000 // num_samples))
+        return evidence.log_weights(
+            model, guide, material.rows, num_samples=num_samples, seed=seed, chunk=rows, progress="evaluation"
+        ).cpu()
+    from tqdm.auto import tqdm
+
+    data, words = Rows(material.test), len(material.vocabulary)
+    found = torch.zeros(num_samples, len(data), dtype=torch.float64)
+    for index in tqdm(data.in_order(_ROWS), desc="evaluation", disable=None):
+        (some,) = data.take(index)
+        # A draw holds a score of every word at every place: long sentences take their draws in parts.
+        draws = min(num_samples, _at_once(some.shape[1] * words))
+        for number, part in enumerate(torch.arange(num_samples).split(draws)):
+            found[part.unsqueeze(1), index] = evidence.log_weights(
+                model, guide, some, num_samples=len(part), seed=seed + number * _APART, indices=index.tolist(),
+                chunk=_at_once(some.shape[1] * words * len(part)),
+            ).cpu()  # fmt: skip
+    return found
+
+
+def _at_once(values: int) -> int:
+    """How many of what holds so many values fit."""
+    return max(1, _VALUES // values)
+
+
+def _mean_variance(u: Tensor) -> Tensor:
+    """Variance over data of the posterior mean, its Monte Carlo part taken out, `[D]`."""
+    return (u.mean(0).var(0) - u.var(0).mean(0) / len(u)).clamp_min(0)
+
+
+def _information(
+    found: Findings, model: Any, guide: Any, x: Tensor, variance: Tensor, seed: int, rows: int
+) -> None:  # fmt: skip
+    """KL to the prior, mutual information with its cap, active latents."""
+    if guide.traits.has_density and guide.traits.marginal:
+        known = diagnose.information(model, guide, x, num_samples=_DRAWS, seed=seed, chunk=rows)
+        mutual = known.mutual_information
+        found.numbers["KL"] = _mean(known.kl)
+        found.numbers["mutual information"] = _CHAIN if mutual is None else Number(mutual)
+    else:
+        found.numbers["KL"] = found.numbers["mutual information"] = (
+            _CHAIN if guide.traits.has_density else "unknown: the guide has no density"
+        )
+    found.numbers["log N, the most it can be"] = Number(math.log(len(x)))
+    found.numbers["active latents"] = Number(float((variance > ACTIVE).sum()))
+    found.numbers["latents"] = Number(float(len(variance)))
+
+
+def _groups(model: Any, guide: Any, material: Material, u: Tensor, variance: Tensor, seed: int) -> list[Group]:
+    """Each group of a ladder, shallowest first."""
+    x, y = material.rows, material.labels
+    known: dict[str, Number | str] = {}
+    if not guide.traits.has_density or not guide.traits.marginal:
+        known = dict.fromkeys(model.groups, _CHAIN if guide.traits.has_density else "unknown: no density")
+    else:
+        try:
+            information = diagnose.group_information(model, guide, x, num_samples=_DRAWS, seed=seed)
+        except (NoDensityError, LatentError) as error:  # of flows and of classes that are summed out: say so
+            known = dict.fromkeys(model.groups, f"unknown: {error}")
+        else:
+            known = {name: Number(float(kl), float(se)) for name, kl, se in
+                     zip(information.groups, information.kl, information.se, strict=True)}  # fmt: skip
+    found = []
+    for level, (name, part) in enumerate(model.groups.items()):
+        one = Group(
+            name, part.stop - part.start, known[name], int((variance[part] > ACTIVE).sum()),
+            _probe(u.mean(0)[:, part], y, seed),
+        )  # fmt: skip
+        if hasattr(model, "responsibilities"):
+            with torch.no_grad():
+                one.clusters = model.responsibilities(u, level).mean(0).argmax(-1).cpu()
+            if y is not None:
+                one.clustering = diagnose.clustering(one.clusters, y, num_clusters=model.num_clusters[level])
+        found.append(one)
+    return found
+
+
+def _probe(codes: Tensor, y: Tensor | None, seed: int) -> Number | str:
+    """Accuracy of a linear predictor of labels, fitted to half of the codes and judged by the others."""
+    if y is None:
+        return "none: these data have no labels"
+    classes = len(y.unique())
+    if not 2 <= classes <= len(y) // 2:
+        return f"none: {classes} classes among {len(y)} data are too {'many' if classes > 1 else 'few'} to predict"
+    found = diagnose.probe(codes, y, seed=seed)
+    return Number(found.accuracy, found.se)
+
+
+def _mean(values: Tensor) -> Number:
+    """Mean and standard error over data."""
+    return Number(float(values.mean()), float(values.std()) / math.sqrt(len(values)))

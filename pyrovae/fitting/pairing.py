@@ -1,0 +1,147 @@
+"""Whether what was asked for goes together, and if not, what would: found out by asking, before any data are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyrovae.compat import compatible
+from pyrovae.data.sources import NAMES
+from pyrovae.errors import DataError, IncompatibleError
+from pyrovae.fitting.guides import GUIDES, NO_GUIDE, build_guide
+from pyrovae.fitting.material import COLOUR, TEXTS
+from pyrovae.fitting.objectives import LOSSES, SCHEDULES, build_loss, build_schedule, candidates
+from pyrovae.fitting.recipes import LANGUAGE_MODEL, MODELS, PIXEL_MODELS, TEXT_MODELS, Form, build_model
+from pyrovae.fitting.settings import Settings
+from pyrovae.models import no_latents
+
+__all__ = ["require"]
+
+_TINY_IMAGES, _TINY_TEXTS = Form(image=(1, 4, 4)), Form(vocabulary=8, longest=4, likelihood="words")
+
+
+def require(settings: Settings) -> None:
+    """Raise, with one sentence that says why and what goes together, for what does not.
+
+    Raises:
+        DataError: the model does not read such data.
+        IncompatibleError: model, guide, loss, schedule or classes.
+        ValueError: options that exclude each other.
+    """
+    s = settings
+    _data(s)
+    model, guide = _pair(s.model, s.guide, s.classes)
+    reason = _pairing(s, s.guide)
+    if reason is not None:
+        raise IncompatibleError(f"{reason}; with --model {s.model} go --guide {_or(_guides(s))}")
+    if s.classes == "enumerated":
+        _enumerated(s)
+    if s.loss:
+        reason = _why_not(model, guide, s.model, s.loss)
+        if reason is not None:
+            fitting = [name for name in GUIDES if _pairing(s, name) is None and
+                       _why_not(*_pair(s.model, name), s.model, s.loss) is None]  # fmt: skip
+            others = f", with --loss {s.loss} go --guide {_or(fitting)}" if fitting else ""
+            own = _or(_losses(model, guide, s))
+            raise IncompatibleError(f"{reason}; with --guide {s.guide} go --loss {own}{others}")
+    loss = build_loss(s.loss, model, guide)
+    if s.warmup and s.loss == "iwae":
+        raise IncompatibleError(
+            f"an importance-weighted bound under a KL weight is none: pass --kl-warmup 0, or --loss "
+            f"{_or([name for name in _losses(model, guide, s) if name != 'iwae'])}"
+        )
+    reason = _schedule(s.schedule, guide, loss)
+    if reason is not None:
+        fitting = [name for name in SCHEDULES if _schedule(name, guide, loss) is None]
+        raise IncompatibleError(
+            f"{reason}; with --model {s.model}, --guide {s.guide} and this loss go --schedule {_or(fitting)}"
+        )
+
+
+def _data(s: Settings) -> None:
+    images = f"{', '.join(NAMES)} or an .npz file"
+    if s.wants_text and not s.is_text:
+        raise DataError(
+            f"the model {s.model!r} reads sentences, which {s.data!r} is not: pass --data {_or(TEXTS)}, or a model of "
+            f"images, --model {_or([name for name in MODELS if name not in TEXT_MODELS])}"
+        )
+    if s.is_text and not s.wants_text:
+        raise DataError(
+            f"the model {s.model!r} reads images, but {s.data!r} is text: pass --data {images}, or a model of "
+            f"sentences, --model {_or(TEXT_MODELS)}"
+        )
+    if s.is_text and s.binarization:
+        raise DataError(f"words are not binarised: leave --binarization out for {s.data!r}")
+    if s.model == "ppca" and s.binarization not in ("", "none"):
+        raise DataError(
+            "ppca has a Gaussian likelihood, which binary pixels do not follow: pass --binarization none, or --model "
+            f"{_or([name for name in MODELS if name not in ('ppca', *TEXT_MODELS)])}"
+        )
+    if s.model in PIXEL_MODELS and s.data in COLOUR and s.binarization == "dynamic":
+        raise DataError("colours are not binarised anew for pixel decoders: pass --binarization none")
+
+
+def _pair(model: str, guide: str, classes: str = "collapsed") -> tuple[Any, Any]:
+    """Small ones of that name; what they offer does not depend on their size."""
+    form = _TINY_TEXTS if model in TEXT_MODELS else _TINY_IMAGES
+    found = build_model(model, form, latent_dim=2, classes=classes)
+    return found, None if model == LANGUAGE_MODEL and guide != NO_GUIDE else build_guide(guide, found, form)
+
+
+def _pairing(s: Settings, guide: str) -> str | None:
+    """Why model and guide do not go together."""
+    if (s.model == LANGUAGE_MODEL) == (guide == NO_GUIDE):
+        model, found = _pair(s.model, guide)
+        return compatible(model, found)
+    if guide == NO_GUIDE:
+        return f"the latents of {s.model!r} need a guide, and 'none' is for the {LANGUAGE_MODEL}"
+    # Any other model will do to build a guide that can be asked.
+    return compatible(build_model(s.model, _TINY_TEXTS), _pair("text", guide)[1])
+
+
+def _guides(s: Settings) -> list[str]:
+    return [name for name in GUIDES if _pairing(s, name) is None]
+
+
+def _why_not(model: Any, guide: Any, name: str, loss: str) -> str | None:
+    """Why a loss does not go with them: the reason of its first form, or None when any form goes."""
+    if name == LANGUAGE_MODEL and loss != "elbo":
+        return f"a {LANGUAGE_MODEL} has no latents, so --loss {loss} has nothing to act on"
+    reasons = [compatible(model, guide, form) for form in candidates(loss)]
+    return None if None in reasons else reasons[0]
+
+
+def _losses(model: Any, guide: Any, s: Settings) -> list[str]:
+    if s.classes == "enumerated":
+        return ["elbo"]
+    return [name for name in LOSSES if _why_not(model, guide, s.model, name) is None]
+
+
+def _enumerated(s: Settings) -> None:
+    """Classes as sites of their own are summed out by Pyro's TraceEnum_ELBO and nothing else here."""
+    if s.model != "vlac":
+        raise IncompatibleError(f"the model {s.model!r} has no classes: leave --classes out, or pass --model vlac")
+    if s.loss not in ("", "elbo") or s.guide != "amortized":
+        raise IncompatibleError(
+            "enumerated classes are trained by the ELBO with an amortized guide: pass --guide amortized and leave "
+            "--loss out, or pass --classes collapsed"
+        )
+
+
+def _schedule(name: str, guide: Any, loss: Any) -> str | None:
+    """Why a schedule does not go with them."""
+    found = build_schedule(name)
+    if found is None:
+        return None
+    if guide is no_latents:
+        return f"the schedule {name!r} is for guides, and a {LANGUAGE_MODEL} has none"
+    try:
+        found.require(guide, loss)
+    except IncompatibleError as error:
+        return str(error)
+    return None
+
+
+def _or(names: Any) -> str:
+    """A list in words."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else str(last)

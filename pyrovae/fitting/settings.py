@@ -1,0 +1,151 @@
+"""What `pyrovae fit` can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pyrovae.data import BINARIZATIONS
+from pyrovae.fitting.guides import GUIDES, NO_GUIDE
+from pyrovae.fitting.material import TEXTS
+from pyrovae.fitting.objectives import LOSSES, SCHEDULES
+from pyrovae.fitting.recipes import LADDERS, LANGUAGE_MODEL, MODELS, TEXT_MODELS
+
+__all__ = ["Settings"]
+
+# What a run may change when it goes on; everything else must be as it was.
+_FREE = ("out", "resume", "threads", "device", "num_samples", "num_data", "epochs")
+_WARMUP = 10  # epochs, of models that tend to forget their latents
+_QUICK = {"epochs": 10, "batch_size": 50, "num_samples": 100, "num_data": 100}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `pyrovae fit` was asked for.
+
+    Attributes:
+        model: one of `recipes.MODELS`.
+        guide: one of `recipes.GUIDES`; empty for "amortized", of the language model "none".
+        loss: one of `recipes.LOSSES`; empty for the guide's own (`training.default_loss`).
+        data: images or text by name, or the path of an .npz file.
+        out: folder; empty for `runs/fit-<model>-<data>`.
+        latent_dim: latents per datum, of ladders per group; None for a number that suits the data.
+        epochs: of training in all, at most 10 with `quick`.
+        kl_warmup: epochs of a linear KL weight from 0.1 to 1, fewer than `epochs`; 0 for none. By default 10, at most
+            half of all, for ladders and text, which else may never use their latents, and 0 for all others.
+        schedule: one of `recipes.SCHEDULES`.
+        binarization: "static", "dynamic" or "none" (grey values, with a Gaussian likelihood; of pixel decoders,
+            256 levels); empty for "none" where the model or the colours ask for it, else "static".
+        patience: epochs without a better objective on held-out training data until training stops; 0 never stops.
+        num_samples: importance draws per datum, at least 25.
+        num_data: test data evaluated, from the first.
+        classes: of `vlac`: "collapsed", or "enumerated" (sites of their own, which Pyro sums out).
+        quick: 2,000 training data, few epochs, few draws: shows everything, proves nothing.
+        resume: go on from the checkpoint in `out`.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
+    """
+
+    model: str = "vae"
+    guide: str = ""
+    loss: str = ""
+    data: str = "digits"
+    out: str = ""
+    latent_dim: int | None = None
+    epochs: int = 50
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    kl_warmup: int | None = None
+    schedule: str = "none"
+    binarization: str = ""
+    patience: int = 0
+    num_samples: int = 1000
+    num_data: int = 1000
+    classes: Literal["collapsed", "enumerated"] = "collapsed"
+    seed: int = 0
+    threads: int | None = None
+    device: str = "cpu"
+    quick: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        guide = self.guide or (NO_GUIDE if self.model == LANGUAGE_MODEL else "amortized")
+        for name, value, known in (
+            ("model", self.model, MODELS), ("guide", guide, GUIDES), ("loss", self.loss or "elbo", LOSSES),
+            ("schedule", self.schedule, SCHEDULES), ("binarization", self.binarization or "none", BINARIZATIONS),
+            ("classes", self.classes, ("collapsed", "enumerated")),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("latent_dim", 1), ("num_samples", 25), ("num_data", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: pass at least {least}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: pass a positive one")
+        if self.patience < 0 or (self.kl_warmup or 0) < 0 or self.seed < 0:
+            raise ValueError("patience, kl_warmup and seed must not be negative")
+        if self.quick:
+            for name, most in _QUICK.items():
+                object.__setattr__(self, name, min(most, getattr(self, name)))
+        warmup = self._default_warmup() if self.kl_warmup is None else self.kl_warmup
+        object.__setattr__(self, "kl_warmup", min(warmup, self.epochs - 1) if self.quick else warmup)
+        if self.warmup >= self.epochs:
+            raise ValueError(
+                f"a KL weight that rises for {self.warmup} epochs is not at 1 when {self.epochs} epochs end: pass "
+                f"--kl-warmup {self.epochs - 1} or less, or more --epochs"
+            )
+        object.__setattr__(self, "guide", guide)
+        if not self.out:
+            from pathlib import Path
+
+            object.__setattr__(self, "out", f"runs/fit-{self.model}-{Path(self.data).stem}")
+
+    def _default_warmup(self) -> int:
+        # A chain without density has no KL, and under a weight an importance-weighted bound is none.
+        if self.model not in (*LADDERS, "text") or self.guide == "short-run" or self.loss == "iwae":
+            return 0
+        return min(_WARMUP, self.epochs // 2)
+
+    @property
+    def warmup(self) -> int:
+        """Epochs of KL warm-up, once the default is known."""
+        return self.kl_warmup or 0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the data are sentences."""
+        return self.data in TEXTS
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the model reads sentences."""
+        return self.model in TEXT_MODELS
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a part of the training data is kept back while training looks on."""
+        return self.patience > 0 or self.schedule == "aggressive"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def require_same(self, before: dict[str, Any]) -> None:
+        """Raise `ValueError` when a run with the settings `before` cannot go on with these."""
+        free = set(_FREE)
+        if self.model == "vlac" or self.schedule == "deep-first":  # their stages are shares of all epochs
+            free.remove("epochs")
+        for name in (field.name for field in fields(self) if field.name not in _FREE):
+            ours, theirs = getattr(self, name), before[name]
+            if ours != theirs:
+                raise ValueError(
+                    f"{self.out} holds a run with {name.replace('_', ' ')} {theirs!r}, not {ours!r}: go on with the "
+                    "same, or pass another --out"
+                )
+        if "epochs" not in free and self.epochs != before["epochs"]:
+            raise ValueError(
+                f"{self.out} holds a run of {before['epochs']} epochs, whose stages are shares of them: go on with "
+                "as many, or pass another --out"
+            )
