@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pyrovae.autoregressive import AutoregressiveImages
 from pyrovae.compat import ModelTraits
-from pyrovae.errors import DataError
 
 __all__ = ["PixelModel"]
 
@@ -73,9 +72,6 @@ class PixelModel(PyroModule):
         net: Callable[[Tensor, Tensor], Tensor] = self.net
         maps: Tensor = self.maps["x"]
         images = AutoregressiveImages(net, maps.expand(number, *maps.shape), self.channels, self.pixels)
-        if x is not None and x.shape[1:] != images.event_shape:
-            raise DataError(
-                f"the data have shape {tuple(x.shape)}, but the decoder makes {tuple(images.event_shape)} per datum: "
-                "reshape either"
-            )
+        if x is not None:
+            images.check(x)
         return images

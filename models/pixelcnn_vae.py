@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pyrovae.autoregressive import AutoregressiveFlow, AutoregressiveImages
 from pyrovae.compat import ModelTraits
-from pyrovae.errors import DataError
 from pyrovae.nets.masked import GreyContext, LocalPixelCNN, PixelCNN
 
 __all__ = ["LossyVAE", "PixelCNNVAE"]
@@ -80,11 +79,8 @@ class PixelCNNVAE(PyroModule):
             maps = self.features(z.reshape(-1, self.latent_dim))
             maps = maps.reshape(*z.shape[:-1], *maps.shape[1:])
             images = AutoregressiveImages(net, maps, self.channels, self.pixels)
-            if x is not None and x.shape[1:] != images.event_shape:
-                raise DataError(
-                    f"the data have shape {tuple(x.shape)}, but the decoder makes {tuple(images.event_shape)} per "
-                    "datum: reshape either"
-                )
+            if x is not None:
+                images.check(x)
             found: Tensor = pyro.sample("x", images, obs=x)
             return found
 

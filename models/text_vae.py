@@ -52,7 +52,7 @@ class SentenceDistribution(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
-        return constraints.independent(constraints.integer_interval(0, self.decoder.vocabulary - 1), 1)
+        return _Rows(self.decoder.vocabulary)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> SentenceDistribution:
         z = self.z.expand(*batch_shape, self.z.shape[-1])
@@ -161,24 +161,45 @@ def check_sentences(x: Tensor, vocabulary: int | None = None) -> None:
         )
     if not pyro.settings.get("validate_distributions_pyro"):
         return
-    before = torch.cat([torch.full_like(x[:, :1], BEGIN), x[:, :-1]], 1)
-    ended = (before == END) | (before == PAD)
-    padding, outside = x == PAD, x < 0
+    rows = _Rows(vocabulary)
+    if not rows.check(x).all():
+        raise DataError(rows.explain(x))
+
+
+def _wrong(x: Tensor, vocabulary: int | None) -> dict[str, Tensor]:
+    """What is wrong with rows `[..., T]`, and what to do about it -> where, `[..., T]`."""
+    before = torch.cat([torch.full_like(x[..., :1], BEGIN), x[..., :-1]], -1)
+    ended, padding, outside = (before == END) | (before == PAD), x == PAD, x < 0
+    known = "" if vocabulary is None else f" of {vocabulary} words"
     if vocabulary is not None:
         outside = outside | (x >= vocabulary)
-    if not (outside | (x == BEGIN) | (padding != ended)).any():
-        return
-    known = "" if vocabulary is None else f" of {vocabulary} words"
-    for wrong, what, cure in (
-        (outside, f"indices outside the decoder's vocabulary{known}", "encode them with the one it was made for"),
-        (x == BEGIN, f"the index {BEGIN} that begins them, which the model sets itself", "leave it out"),
-        (~padding & (before == END), f"words after their end, {END}", f"pad them with {PAD} from there on"),
-        (~padding & (before == PAD), f"words after padding, {PAD}", "put all padding after the end"),
-        (padding & ~ended, f"padding, {PAD}, before their end, {END}", "end them first, or cut them to their words"),
-    ):  # fmt: skip
-        rows = wrong.any(1)
-        if rows.any():
-            raise DataError(f"{int(rows.sum())} of {len(x)} sentences have {what}: {cure}")
+    return {
+        f"indices outside the decoder's vocabulary{known}: encode them with the one it was made for": outside,
+        f"the index {BEGIN} that begins them, which the model sets itself: leave it out": x == BEGIN,
+        f"words after their end, {END}: pad them with {PAD} from there on": ~padding & (before == END),
+        f"words after padding, {PAD}: put all padding after the end": ~padding & (before == PAD),
+        f"padding, {PAD}, before their end, {END}: end them first, or cut them to their words": padding & ~ended,
+    }
+
+
+class _Rows(constraints.Constraint):
+    """Whole sentences: rows that a draw can be."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, vocabulary: int | None) -> None:
+        self.vocabulary = vocabulary
+
+    def check(self, value: Tensor) -> Tensor:
+        masks = torch.stack(list(_wrong(value, self.vocabulary).values()))
+        return ~masks.any(0).any(-1)
+
+    def explain(self, value: Tensor) -> str:
+        """The first thing that is wrong with rows, and what to do."""
+        found = {what: int(mask.any(-1).sum()) for what, mask in _wrong(value, self.vocabulary).items()}
+        what, number = next((what, number) for what, number in found.items() if number)
+        return f"{number} of {value.shape[:-1].numel()} sentences have {what}"
 
 
 def perplexity(log_likelihood: Tensor, lengths: Tensor) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.nn import AutoRegressiveNN
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyrovae.discretised_logistic import DiscretisedLogisticMixture
+from pyrovae.discretised_logistic import LEVELS, DiscretisedLogisticMixture, check_levels
+from pyrovae.errors import DataError
 
 __all__ = ["AutoregressiveFlow", "AutoregressiveImages", "FlowPrior"]
 
@@ -51,7 +53,7 @@ class AutoregressiveImages(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=3)
     def support(self) -> Any:
-        inner = constraints.boolean if self.pixels == "bernoulli" else constraints.interval(-1.0, 1.0)
+        inner = constraints.boolean if self.pixels == "bernoulli" else LEVELS
         return constraints.independent(inner, 3)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> AutoregressiveImages:
@@ -65,6 +67,16 @@ class AutoregressiveImages(TorchDistribution):
         found = self.net(x.reshape(-1, *x.shape[-3:]), features.reshape(-1, *features.shape[-3:]))
         return found.view(*lead, *found.shape[-3:])
 
+    def check(self, x: Tensor) -> None:
+        """Raise `DataError` for data that are no such images (their values: where Pyro validates)."""
+        if x.shape[1:] != self.event_shape:
+            raise DataError(
+                f"the data have shape {tuple(x.shape)}, but the decoder makes {tuple(self.event_shape)} per datum: "
+                "reshape either"
+            )
+        if self.pixels == "logistic" and pyro.settings.get("validate_distributions_pyro"):
+            check_levels(x)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """`[*batch]`, nats."""
         if self._validate_args:
@@ -72,6 +84,11 @@ class AutoregressiveImages(TorchDistribution):
         parameters = self.parameters(value)
         if self.pixels == "logistic":
             return DiscretisedLogisticMixture(parameters, self.channels, validate_args=False).log_prob(value)
+        if parameters.shape[-3] != self.channels:
+            raise ValueError(
+                f"binary pixels take one logit for each of {self.channels} channels, but the net gives "
+                f"{parameters.shape[-3]}: make it with outputs={self.channels}"
+            )
         target = value.expand_as(parameters)
         return -binary_cross_entropy_with_logits(parameters, target, reduction="none").sum((-1, -2, -3))
 

@@ -17,11 +17,40 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["DiscretisedLogisticMixture"]
+from pyrovae.errors import DataError
+
+__all__ = ["LEVELS", "DiscretisedLogisticMixture", "check_levels"]
 
 _HALF = 1 / 255
 _SMALLEST = -7.0  # of log s
 _ONE = torch.Size()  # a single draw
+
+
+class _Levels(constraints.Constraint):
+    """The values k / 127.5 - 1 for k = 0 .. 255: of anything between them the probabilities do not sum to one."""
+
+    is_discrete = True
+
+    def check(self, value: Tensor) -> Tensor:
+        level = (value + 1) * 127.5
+        return (value.abs() <= 1) & ((level - level.round()).abs() < 1e-3)
+
+    def explain(self, value: Tensor) -> str:
+        """What is wrong with values, and what to do."""
+        wrong = 1 - float(self.check(value).double().mean())
+        return (
+            f"{wrong:.0%} of the pixels are none of the 256 values k / 127.5 - 1 from -1 to 1 that discretised "
+            "logistics take: of 8-bit images in [0, 1] pass 2 * x - 1"
+        )
+
+
+LEVELS = _Levels()
+
+
+def check_levels(x: Tensor) -> None:
+    """Raise `DataError` for images that are no 8-bit values in [-1, 1]."""
+    if not LEVELS.check(x).all():
+        raise DataError(LEVELS.explain(x))
 
 
 class DiscretisedLogisticMixture(TorchDistribution):
@@ -34,7 +63,7 @@ class DiscretisedLogisticMixture(TorchDistribution):
     """
 
     arg_constraints = {"parameters": constraints.independent(constraints.real, 3)}
-    support = constraints.independent(constraints.interval(-1.0, 1.0), 3)
+    support = constraints.independent(LEVELS, 3)
     has_rsample = False
 
     def __init__(self, parameters: Tensor, channels: int = 3, validate_args: bool | None = None) -> None:

@@ -180,11 +180,20 @@ def _check_support(name: str, fn: Any, value: Tensor, mask: Any) -> None:
     if isinstance(mask, Tensor):
         inside = inside | ~mask
     if not inside.all():
+        base = _base_support(fn.support)
+        if hasattr(base, "explain"):  # our own constraints know better
+            raise DataError(f"site {name!r}: {base.explain(value)}")
         hint = ": binarise them, or use a continuous likelihood" if fn.support.is_discrete else ""
         raise DataError(
             f"{int((~inside).sum())} of {inside.numel()} data at site {name!r} lie outside the support of "
             f"{_base_name(fn)}{hint}"
         )
+
+
+def _base_support(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
 
 
 def _inside(fn: Any, value: Tensor) -> Tensor:

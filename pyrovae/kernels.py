@@ -65,16 +65,15 @@ def _square_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mmd2(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Unbiased MMD^2 between `[n, D]` and `[m, D]`; scalar, negative at times.
-
-    Of a single point its own pair alone is left, k(a, a): biased by a constant, with the right gradient.
-    """
+    """Unbiased MMD^2 between `[n, D]` and `[m, D]`, n and m at least 2; scalar, negative at times."""
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"MMD takes at least two points on either side, got {len(a)} and {len(b)}")
     return _within(kernel(a, a)) + _within(kernel(b, b)) - 2 * kernel(a, b).mean()
 
 
 def _within(pairs: Tensor) -> Tensor:
     n = len(pairs)
-    return (pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1)) if n > 1 else pairs.mean()
+    return (pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))
 
 
 def stein_direction(z: Tensor, score: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

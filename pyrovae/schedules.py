@@ -57,6 +57,10 @@ class Schedule:
     def end_epoch(self, model: Any, guide: Any) -> None:
         """After every epoch."""
 
+    def settled(self, guide: Any) -> int:
+        """The first step at the model it will be judged by: earlier weights are not kept, shorter runs warn."""
+        return 0
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {}
@@ -105,7 +109,7 @@ class DeepFirst(Schedule):
 
     Group l of a `LadderVAE` reaches the decoder with a share that rises linearly from 0 to 1. Without it the shallow
     groups, which are easier to use, can leave nothing to the deep ones. The KL of a group that is out draws it to the
-    prior. For `fit(..., schedule=DeepFirst(...))`; afterwards all groups are in.
+    prior. For `fit(..., schedule=DeepFirst(...))`; all groups are in after (L - 1) `stage` + `fade` steps.
 
     Args:
         stage: steps from one group's start to the next one's.
@@ -127,6 +131,10 @@ class DeepFirst(Schedule):
         """Share of each group, shallowest first."""
         starts = [(groups - 1 - level) * self.stage for level in range(groups)]
         return [1.0 if start == 0 else min(1.0, max(0.0, (step - start) / self.fade)) for start in starts]
+
+    def settled(self, guide: Any) -> int:
+        groups = len(guide.model.fade)
+        return (groups - 1) * self.stage + self.fade if groups > 1 else 0
 
     def blocks(self, guide: Any, loss: Any, step: int) -> Blocks:
         fade = guide.model.fade

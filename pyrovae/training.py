@@ -50,7 +50,7 @@ class FitResult:
         objective: what the curves show: "ELBO", "IWAE-5", "E_q log p(x,z)".
         steps, epochs: taken in all, resumed ones included.
         curve: `[epochs]`, mean training objective of each epoch, nats per datum.
-        validation: `[evaluations]` of (epoch, held-out objective), nats per datum.
+        validation: `[evaluations]` of (epoch, held-out objective, or ELBO where that has a penalty), nats per datum.
         best_epoch: epoch whose weights were kept: the best held-out one with `patience`, else the last one.
         kl_weight: weight of the KL at the last step.
         provenance: of the curves (training data).
@@ -134,9 +134,10 @@ def fit(
         transform: applied to the first tensor of every training batch (dynamic binarisation).
         kl_weight: a number, or a schedule over steps; its final value is recorded, and a run that ends before its
             schedule warns.
-        validation: held-out data, evaluated after every epoch at KL weight 1 with fixed noise.
+        validation: held-out data, evaluated after every epoch at KL weight 1 with fixed noise; by the ELBO where the
+            objective is one with a penalty, which is no bound and may change on the way.
         patience: stop after so many epochs without a better held-out objective and keep the best weights; not
-            before a KL schedule has ended.
+            before a KL schedule and the stages of a schedule have ended.
         max_norm: clip the norm of the whole gradient.
         seed: of everything random; the caller's random state comes back. None uses and moves the caller's.
         checkpoint: file to write at the end of every epoch and every `checkpoint_every` steps; with `resume`, an
@@ -166,6 +167,8 @@ def fit(
     if schedule is not None:
         schedule.require(guide, loss)
         schedule.start(None if held_out is None else held_out.tensors)
+    if hasattr(loss, "start"):
+        loss.start()
     optimizer = Adam(lr=1e-3) if optimizer is None else optimizer
     if optimizer.optim_objs:
         raise ValueError("the optimiser has stepped parameters before: pass a fresh one")
@@ -320,6 +323,12 @@ class _Run:
         total = min(n for n in (None if epochs is None else epochs * per_epoch, max_steps) if n is not None)
         label = description or getattr(getattr(self.guide, "traits", None), "name", type(self.guide).__name__)
         beta = self._beta(max(0, at.step - 1))
+        stages = 0 if self.schedule is None else self.schedule.settled(self.guide)
+        if total < stages:
+            warnings.warn(
+                f"{self.schedule} takes {stages} steps but training stops at step {total}, before all of the model is "
+                "in: train longer or shorten the stages", stacklevel=3,
+            )  # fmt: skip
         if isinstance(self.kl_weight, handlers.KLSchedule) and total < self.kl_weight.steps:
             warnings.warn(
                 f"the KL schedule takes {self.kl_weight.steps} steps but training stops at step {total}, with a KL "
@@ -427,7 +436,9 @@ class _Run:
     def _watch(self, value: float, patience: int | None) -> None:
         """Early stopping."""
         at = self.at
-        if isinstance(self.kl_weight, handlers.KLSchedule) and at.step < self.kl_weight.steps:
+        stages = 0 if self.schedule is None else self.schedule.settled(self.guide)
+        warm_up = self.kl_weight.steps if isinstance(self.kl_weight, handlers.KLSchedule) else 0
+        if at.step < max(stages, warm_up):
             return  # the model is still moving towards the objective it will be judged by
         if value > at.best:
             at.best, at.best_epoch, at.waited = value, at.epoch, 0
@@ -447,8 +458,13 @@ class _Run:
             for index in held_out.in_order(self.batch_size):
                 rows = held_out.take(index)
                 with noise.per_datum(0, index.tolist()):
-                    total -= float(self.loss.loss(self.model, self.guide, *rows)) * self._rows_over_data(rows)
+                    total += self._held_out(rows)
         return total / len(held_out)
+
+    def _held_out(self, rows: tuple[Tensor, ...]) -> float:
+        if hasattr(self.loss, "penalty"):
+            return float(self.loss.per_datum(self.model, self.guide, *rows).sum())
+        return -float(self.loss.loss(self.model, self.guide, *rows)) * self._rows_over_data(rows)
 
 
 def _check(

@@ -187,7 +187,7 @@ def test_shapes_dtypes_and_far_tails():
         assert q.log_prob(x).shape == (5,)
         assert q.log_prob(x).dtype == dtype
     far = torch.tensor([0.0, 5.0, -7.0]).view(3, 1, 1).requires_grad_()
-    value = DiscretisedLogisticMixture(far, channels=1).log_prob(torch.full((1, 1, 1), -0.5))
+    value = DiscretisedLogisticMixture(far, channels=1).log_prob(torch.full((1, 1, 1), 64 / 127.5 - 1))
     (gradient,) = torch.autograd.grad(value, far)
     assert torch.isfinite(value)
     assert torch.isfinite(gradient).all()

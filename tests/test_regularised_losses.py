@@ -13,7 +13,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
-from pyrovae import fit, guides, handlers, losses
+from pyrovae import evidence, fit, guides, handlers, losses
 from pyrovae.errors import IncompatibleError
 from pyrovae.kernels import kernel_of, mmd2, stein_direction
 from pyrovae.losses.mutual_divergence import pair_divergences
@@ -441,3 +441,88 @@ def test_curves_are_named_for_what_they_are():
     for name, shown in (("InfoVAE", "InfoVAE"), ("MAE", "MAE"), ("free bits", "free-bits ELBO")):
         result = fit(model, guide, data(), loss=losses.REGISTRY[name](), max_steps=1, progress=False)
         assert result.objective == shown
+
+
+class Subsampled(nn.Module):
+    """A model of N data of which a batch is given, with one scalar latent."""
+
+    def __init__(self, number, latent=None):
+        super().__init__()
+        self.number, self.latent = number, latent or dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)
+
+    def forward(self, x):
+        with pyro.plate("data", self.number, subsample=torch.arange(len(x))):
+            z = pyro.sample("z", self.latent)
+            mean = z.sum(-1, keepdim=True) if self.latent.event_shape else z.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(mean.expand(*mean.shape[:-1], 3), 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("divergence", ["mmd", "stein"])
+def test_the_penalty_does_not_know_how_many_data_there_are(divergence):
+    """Its gradient per datum is that of the batch, whatever the plate's N/B."""
+    gradients = []
+    for number in (6, 60, 6000):
+        torch.manual_seed(0)
+        model, encoder = Subsampled(number), nn.Linear(3, 4).double()
+        guide, x = guides.Amortized(model, encoder), torch.randn(6, 3).double()
+        loss = losses.InfoVAE(0.0, 100.0, divergence)
+        guide.space(x)
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(loss.penalty(model, guide, x), encoder.weight)[0])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["mmd", "stein"])
+def test_one_code_says_nothing_of_their_distribution(divergence):
+    model, guide = pair()
+    ours = value_and_gradients(losses.InfoVAE(0.0, 1000.0, divergence), model, guide, data(1))
+    elbo = value_and_gradients(TraceMeanField_ELBO(), model, guide, data(1))
+    assert ours[0] == pytest.approx(elbo[0], rel=1e-12)
+    for a, b in zip(ours[1], elbo[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="at least two points"):
+        mmd2(torch.zeros(1, 2), torch.zeros(5, 2), kernel_of("rbf", 2))
+
+
+@pytest.mark.parametrize("loss", [losses.InfoVAE(), losses.MutualPosteriorDivergence(), losses.FreeBits()],
+                         ids=["info", "mae", "free bits"])  # fmt: skip
+def test_scalar_sites(loss):
+    """A site that is one number per datum is a row of one."""
+    torch.manual_seed(0)
+    scalar, row = Subsampled(4, dist.Normal(torch.tensor(0.0).double(), 1.0)), Subsampled(
+        4, dist.Normal(torch.zeros(1).double(), 1.0).to_event(1)
+    )  # fmt: skip
+    encoder, x, values = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), []
+    for model in (scalar, row):
+        guide = guides.Amortized(model, encoder)
+        guide.space(x)
+        torch.manual_seed(1)
+        values.append(float(loss.penalty(model, guide, x).detach()))
+    assert values[0] == pytest.approx(values[1], rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: losses.InfoVAE(0.0, 1000.0), lambda: losses.MutualPosteriorDivergence(5.0, 5.0),
+     lambda: losses.FreeBits(50.0, "total"), lambda: losses.FreeBits(0.1, soft=True)],
+    ids=["info", "mae", "free bits", "soft free bits"],
+)  # fmt: skip
+def test_held_out_data_are_judged_by_the_elbo(make):
+    """What is kept as the best is the best by the ELBO, not by an objective with a penalty or a moving weight."""
+    model, guide = pair()
+    loss, held_out = make(), data(9)
+    result = fit(model, guide, data(20), loss=loss, validation=held_out, epochs=2, batch_size=7, progress=False)
+    weights = evidence.log_weights(model, guide, held_out, num_samples=4000)
+    one_draw = float(weights.std(0).square().sum().sqrt()) / len(held_out)  # the validation takes one of each datum
+    assert abs(result.validation[-1][1] - float(weights.mean())) < 4.5 * one_draw
+
+
+def test_a_new_run_forgets_the_weight_of_soft_free_bits():
+    model, guide = pair()
+    loss = losses.FreeBits(100.0, soft=True)
+    fit(model, guide, data(20), loss=loss, epochs=3, batch_size=7, progress=False)
+    assert loss.gamma < 0.5
+    model, guide = pair()
+    fit(model, guide, data(20), loss=loss, max_steps=1, batch_size=7, progress=False)
+    assert loss.gamma == pytest.approx(0.9)

@@ -12,10 +12,10 @@ from torch import nn
 from pyrovae import checkpoint, diagnose, fit, guides, handlers, losses
 from pyrovae.data.text import PAD, Vocabulary
 from pyrovae.errors import DataError, IncompatibleError
-from pyrovae.models import PPCA, VAE, LanguageModel, PixelModel, TextVAE, no_latents
-from pyrovae.nets import MLP, LinearHeadDecoder, LSTMDecoder, LSTMEncoder, PixelCNN
+from pyrovae.models import PPCA, VAE, LadderVAE, LanguageModel, PixelModel, TextVAE, no_latents
+from pyrovae.nets import MLP, LadderDecoder, LadderEncoder, LinearHeadDecoder, LSTMDecoder, LSTMEncoder, PixelCNN
 from pyrovae.optim import Adam
-from pyrovae.schedules import AggressiveEncoder
+from pyrovae.schedules import AggressiveEncoder, DeepFirst
 
 
 def toy(rows=200, seed=0, latent_dim=1, dtype=torch.float64):
@@ -129,6 +129,29 @@ def leaves(tree, prefix=""):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {k: v for key, value in items for k, v in leaves(value, f"{prefix}.{key}").items()}
     return {prefix: tree}
+
+
+def ladder():
+    torch.manual_seed(0)
+    model = LadderVAE(LadderDecoder([1, 1, 1], (4,), 8), [1, 1, 1], "gaussian")
+    return model, guides.Amortized(model, LadderEncoder([1, 1, 1], (4,), 8)), torch.randn(40, 4)
+
+
+def test_weights_of_a_ladder_that_is_not_whole_are_not_kept():
+    """Early stopping begins when all groups are in, however good the held-out ELBO was before."""
+    model, guide, x = ladder()
+    schedule = DeepFirst(stage=20, fade=10)
+    assert schedule.settled(guide) == 50
+    result = fit(model, guide, x, schedule=schedule, validation=x[:20], patience=1000, epochs=16, batch_size=10,
+                 optimizer=Adam(lr=0.5), progress=False)  # fmt: skip
+    assert result.best_epoch >= 13
+    assert model.fade.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_ladder_that_stays_unfinished_warns():
+    model, guide, x = ladder()
+    with pytest.warns(UserWarning, match="takes 50 steps but training stops at step 12"):
+        fit(model, guide, x, schedule=DeepFirst(stage=20, fade=10), max_steps=12, batch_size=10, progress=False)
 
 
 def test_what_it_is_not_for():

@@ -12,7 +12,7 @@ from pyrovae import diagnose, guides
 from pyrovae.models import VAE, LadderVAE
 from pyrovae.nets import LadderDecoder, LadderEncoder
 from pyrovae.schedules import DeepFirst
-from reproduction.classifier import classifier, one_hot
+from reproduction.classifier import classifier, names
 from reproduction.evaluation import plain
 from reproduction.experiment import Arm, Experiment, Preset, Setup, Split
 
@@ -58,7 +58,7 @@ def measure(guide: Any, split: Split, preset: Preset, progress: bool, arm: str) 
     accuracy: dict[str, dict[str, Any]] = {}
     if y is not None and len(y.unique()) < len(x) // 4:
         accuracy = _accuracies(model, guide, x, y)
-        moved_label = diagnose.interventions(model, guide, x, {"digit": partial(one_hot, classifier(split))})
+        moved_label = diagnose.interventions(model, guide, x, {"digit": partial(names, classifier(split))})
     for row, name in enumerate(known.groups):
         rows.append({
             "table": "Groups, deepest first: KL in nats, accuracy of probes on the group alone in %, and its share in "

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrovae import diagnose, generate, losses
+from pyrovae.runtime import seeded
 from reproduction.experiment import Arm, Experiment, Preset, Split
 from reproduction.pixel_decoders import amortized, models, without_latents
 
@@ -27,7 +28,8 @@ def measure(guide: Any, split: Split, preset: Preset, progress: bool, arm: str) 
     rows = (y[:number].unsqueeze(1) == classes).any(1).nonzero()[:, 0]
     if len(rows) < 4 * len(classes):
         return []
-    codes = generate.centre(guide.model, guide, split.train[rows].bernoulli(), 50)
+    with seeded(0):  # one binarisation for all arms
+        codes = generate.centre(guide.model, guide, split.train[rows].bernoulli(), 50)
     found = {kind: diagnose.probe(codes, y[rows], kind=kind) for kind in ("linear", "knn", "kmeans")}
     return [{
         "table": f"Accuracy of probes on {len(rows)} training images of {len(classes)} characters (half held out), %",

@@ -97,10 +97,12 @@ def _arm(
     say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """One arm's record, from its file where it is finished."""
+    whole = split
     preset = options.preset if arm.kl_epochs is None else replace(options.preset, kl_epochs=arm.kl_epochs)
     if arm.rows is not None and arm.rows < len(split.train):
-        # As many steps as the other arms take.
-        preset = replace(preset, epochs=preset.epochs * len(split.train) // arm.rows)
+        # As many steps as the other arms take, to the nearest epoch.
+        theirs, ours = (-(-rows // preset.batch_size) for rows in (len(split.train), arm.rows))
+        preset = replace(preset, epochs=round(preset.epochs * theirs / ours))
         split = replace(split, train=split.train[: arm.rows])
     parts = setup(experiment, preset, split, options.seed, arm)
     with seeded(options.seed):
@@ -152,7 +154,7 @@ def _arm(
             "curve": result.curve, "validation": [list(item) for item in result.validation],
             "numbers": numbers, "values": values,
             "provenance": _provenance(experiment, options, split, result.kl_weight).to_dict(),
-            "extra": _extra(experiment, arm, guide, split, options),
+            "extra": _extra(experiment, arm, guide, whole, options),
         }  # fmt: skip
         say(f"{arm.name}: {clock.epochs} epochs in {clock.seconds:.0f} s, {_line(numbers)}")
     _write(folder / "arm.json", record)

@@ -65,9 +65,9 @@ def interventions(
     Args:
         model, guide: with a data plate.
         x: data `[B, *event]`, B >= 2.
-        attributes: name -> function of images `[B, *event]` with one number each; stroke width, width and slant by
-            default. A classifier's label counts as changed or not: `lambda x: net(x).argmax(-1)` is compared as a
-            number, so give labels as one-hot rows, `[B, C]`.
+        attributes: name -> function of images `[B, *event]` with one number, or a row of them, each; stroke width,
+            width and slant by default. Integers (a classifier's labels, `lambda x: net(x).argmax(-1)`) count as
+            changed, 1, or not, 0.
         site: the observed site.
         seed: of the pairs.
 
@@ -89,12 +89,12 @@ def interventions(
     images, _ = decode(space, changed, x, site=site)
     effects, errors = [], []
     for name, attribute in attributes.items():
-        values = torch.stack([attribute(image).double() for image in images])
+        values = torch.stack([attribute(image) for image in images])
         if values.shape[:2] != images.shape[:2]:
             raise ValueError(f"attribute {name!r} gives {list(values.shape[1:])} for {len(x)} images, not one row each")
-        move = (values[1:] - values[0]).abs().flatten(2).sum(-1) if values.dim() > 2 else (values[1:] - values[0]).abs()
+        move = _moves(values[1:], values[0])
         effects.append(move.mean(1))
-        errors.append(move.std(1) / len(x) ** 0.5)
+        errors.append(_standard_error(move[:, order.to(move.device)]))
     effect = torch.stack(effects, 1)
     return Interventions(
         tuple(latent.name for latent in space.sites), tuple(attributes), effect, torch.stack(errors, 1),
@@ -157,6 +157,22 @@ def probe_groups(
         torch.tensor([[one.accuracy for one in row] for row in found], dtype=torch.double),
         torch.tensor([[one.se for one in row] for row in found], dtype=torch.double), found,
     )  # fmt: skip
+
+
+def _moves(values: Tensor, before: Tensor) -> Tensor:
+    """How far attributes `[L, B, ...]` are from `[B, ...]`, `[L, B]`."""
+    if not values.is_floating_point():
+        changed = values != before
+        return (changed.flatten(2).any(-1) if changed.dim() > 2 else changed).double()
+    distance = (values.double() - before.double()).abs()
+    return distance.flatten(2).sum(-1) if distance.dim() > 2 else distance
+
+
+def _standard_error(move: Tensor) -> Tensor:
+    """Of the mean over pairs in a ring, `[L, B] -> [L]`: every datum is in two of them, next to one another."""
+    off = move - move.mean(1, keepdim=True)
+    shared = (off * off.roll(1, 1)).mean(1).clamp_min(0)
+    return ((move.var(1) + 2 * shared) / move.shape[1]).sqrt()
 
 
 def stroke_width(x: Tensor) -> Tensor:

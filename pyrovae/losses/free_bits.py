@@ -72,6 +72,10 @@ class FreeBits(RegularisedELBO):
         self.gamma = 1.0
         self._last_kl: list[float] = []
 
+    def start(self) -> None:
+        """Before the first step of a run: forget earlier ones."""
+        self.gamma = 1.0
+
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
         return {"gamma": self.gamma}

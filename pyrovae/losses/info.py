@@ -22,14 +22,14 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyrovae import handlers
 from pyrovae.compat import LossTraits
 from pyrovae.errors import LatentError
 from pyrovae.kernels import Kernel, kernel_of, mmd2, stein_direction
-from pyrovae.losses.regularised import RegularisedELBO, latent_sites, latent_terms
-from pyrovae.plates import per_datum
+from pyrovae.losses.regularised import RegularisedELBO, latent_sites, latent_terms, rows_of
 
 __all__ = ["InfoVAE"]
 
@@ -38,7 +38,7 @@ class InfoVAE(RegularisedELBO):
     """The InfoVAE objective; its penalty is -alpha KL + (alpha + lambda - 1) D(q(z) || p(z)).
 
     D compares the batch's draws, all latents of a datum as one vector, with as many from the prior; batches of 200 and
-    more keep its noise small. A KL weight (`handlers.anneal`) acts on the KL alone.
+    more keep its noise small, a batch of one has no such term. A KL weight (`handlers.anneal`) acts on the KL alone.
 
     Args:
         alpha: weight of the mutual information, at most 1.
@@ -96,32 +96,29 @@ class InfoVAE(RegularisedELBO):
         weight = self.alpha + self.lambda_ - 1
         if weight == 0:
             return total
-        z = torch.cat([_rows(site["value"], site["fn"].event_dim) for site in sites.values()], dim=1)
+        z = torch.cat([rows_of(site["value"], site["fn"].event_dim) for site in sites.values()], dim=1)
+        if len(z) == 1:
+            return total  # one code says nothing of their distribution
         kernel = kernel_of(self.kernel, z.shape[1], self.bandwidth)
         if self.divergence == "mmd":
-            prior = torch.cat([_rows(model_trace.prior[n], s["fn"].event_dim) for n, s in sites.items()], dim=1)
+            prior = torch.cat([rows_of(model_trace.prior[n], s["fn"].event_dim) for n, s in sites.items()], dim=1)
             return total + weight * mmd2(z, prior, kernel)
         if not z.requires_grad:
             return total
-        score = _prior_score(sites, guide_trace.plate)
+        score = _prior_score(sites)
         return total - weight * (stein_direction(z, score, kernel) * (z - z.detach())).sum(-1).mean()
 
 
-def _rows(value: Tensor, event_dim: int) -> Tensor:
-    """A site's value `[*inner, B, *event]` as `[B, d]`."""
-    return value.movedim(-1 - event_dim, 0).flatten(1) if value.dim() > 1 else value.unsqueeze(1)
-
-
-def _prior_score(sites: dict[str, Any], plate: str) -> Tensor:
-    """grad log p(z) at the draws, `[B, D]`, of sites that depend on one another, too."""
+def _prior_score(sites: dict[str, Any]) -> Tensor:
+    """grad log p(z) at the draws, `[B, D]`, of sites that depend on one another, too; without the plate's N/B."""
     density = torch.stack([
-        per_datum(site["fn"].log_prob(site["value"]), site["cond_indep_stack"], plate).sum() for site in sites.values()
+        scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"]).sum() for site in sites.values()
     ]).sum()  # fmt: skip
     # A site that nothing trains needs no direction.
     moved = {name: site["value"] for name, site in sites.items() if site["value"].requires_grad}
     slopes = dict(zip(moved, torch.autograd.grad(density, list(moved.values()), retain_graph=True), strict=True))
     return torch.cat([
-        _rows(slopes.get(name, torch.zeros_like(site["value"])), site["fn"].event_dim) for name, site in sites.items()
+        rows_of(slopes.get(name, torch.zeros_like(site["value"])), site["fn"].event_dim) for name, site in sites.items()
     ], dim=1)  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from torch.nn.functional import softplus
 from pyrovae.compat import LossTraits
 from pyrovae.errors import IncompatibleError
 from pyrovae.losses.elbo import Scored
-from pyrovae.losses.regularised import RegularisedELBO
+from pyrovae.losses.regularised import RegularisedELBO, rows_of
 
 __all__ = ["MutualPosteriorDivergence", "pair_divergences"]
 
@@ -108,5 +108,5 @@ def _gaussian(name: str, fn: Any) -> tuple[Tensor, Tensor]:
             "guides.Amortized with a Gaussian family or a flow"
         )
     event = len(fn.event_shape)
-    loc, variance = (t.movedim(-1 - event, 0).flatten(1) for t in (base.mean, base.variance))
+    loc, variance = (rows_of(t, event) for t in (base.mean, base.variance))
     return loc, variance.log().clamp(-_LOG_VAR, _LOG_VAR)

@@ -18,7 +18,7 @@ from pyrovae import handlers, store
 from pyrovae.errors import IncompatibleError
 from pyrovae.losses.elbo import ReparamELBO, Term, terms
 
-__all__ = ["RegularisedELBO", "latent_sites", "latent_terms"]
+__all__ = ["RegularisedELBO", "latent_sites", "latent_terms", "rows_of"]
 
 
 class RegularisedELBO(ReparamELBO):
@@ -77,6 +77,11 @@ def latent_sites(model_trace: Any) -> dict[str, Any]:
         for name, site in model_trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and type(site["fn"]).__name__ != "_Subsample"
     }
+
+
+def rows_of(value: Tensor, event_dim: int) -> Tensor:
+    """A site's value `[*inner, B, *event]` as `[B, d]`."""
+    return value.movedim(-1 - event_dim, 0).flatten(1) if value.dim() > 1 else value.unsqueeze(1)
 
 
 def latent_terms(model_trace: Any, guide_trace: Any) -> dict[str, Tensor]:

@@ -102,3 +102,21 @@ def test_dropout_is_off_and_batch_norm_stays():
     assert guide.training
     guide.eval()
     assert information(model, guide, x).mutual_information == first.mutual_information
+
+
+def test_few_runs_of_the_model_for_the_kl_and_many_draws_for_the_means():
+    """The KL of the scored draws alone, moments of all; a collapsed posterior has no active latent with 200 draws."""
+    many = information(MODEL, exact(), X, num_samples=200)
+    few = information(MODEL, exact(), X, num_samples=200, num_scored=10, mixture=False)
+    torch.testing.assert_close(many.mean_variance, few.mean_variance)
+    assert ((many.kl - few.kl).abs() < 4.5 * few.kl_se).all()
+    assert few.mutual_information is None
+    assert "not known" in repr(few)
+    with pytest.raises(ValueError, match="num_scored"):
+        information(MODEL, exact(), X, num_samples=20, num_scored=30)
+    torch.manual_seed(0)
+    prior = guides.Amortized(MODEL, nn.Linear(8, 6).double())
+    for p in prior.encoder.parameters():
+        p.data.zero_()
+    dead = information(MODEL, prior, X.repeat(8, 1), num_samples=200, num_scored=10)
+    assert not dead.active.any()

@@ -54,6 +54,37 @@ def test_each_group_moves_what_it_holds():
     assert "100%" in repr(found)
 
 
+def test_labels_count_as_changed_or_not():
+    """The sign of a normal changes half of the time; integer rows count once, not once for each entry."""
+    torch.manual_seed(0)
+    model = LadderVAE(Two(), [1, 1], "gaussian", noise=0.1)
+    x = torch.randn(2000, 2).double() @ model.decoder.weight.T.detach()
+    label = lambda x: (x[:, 0] > 0).long()  # noqa: E731  # as a user writes it
+    found = interventions(
+        model, guides.Amortized(model, Read()), x,
+        {"label": label, "one-hot": lambda x: nn.functional.one_hot(label(x), 2)},
+    )  # fmt: skip
+    assert torch.equal(found.effect[:, 0], found.effect[:, 1])
+    assert abs(float(found.effect[0, 0]) - 0.5) < 4 * float(found.se[0, 0])
+    assert float(found.effect[1, 0]) == 0
+
+
+def test_standard_error_counts_that_each_datum_is_in_two_pairs():
+    """Over 300 data sets the mean's spread is the se it says, within 12 %; without the overlap it is 17 % more."""
+    torch.manual_seed(0)
+    model = LadderVAE(Two(), [1, 1], "gaussian", noise=0.1)
+    guide = guides.Amortized(model, Read())
+    effects, errors = [], []
+    for seed in range(300):
+        z = torch.randn(60, 2, generator=torch.Generator().manual_seed(seed)).double()
+        x = z @ model.decoder.weight.T.detach()
+        found = interventions(model, guide, x, {"first": lambda x: x[:, 0].square()}, seed=seed)
+        effects.append(found.effect[0, 0])
+        errors.append(found.se[0, 0])
+    ratio = float(torch.stack(effects).std() / torch.stack(errors).square().mean().sqrt())
+    assert 0.88 < ratio < 1.12
+
+
 def test_attributes_of_bars():
     """A bar of 2 x 8 pixels: outline of its columns and rows, width sqrt((w^2 - 1) / 12); sheared, its slant."""
     image = torch.zeros(3, 1, 20, 20)

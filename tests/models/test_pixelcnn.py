@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -247,3 +248,28 @@ def test_bad_input():
     model, encoder = small()
     with pytest.raises(DataError, match="binarise"):
         guides.Amortized(model, encoder).log_weights(2, torch.full((2, 1, 5, 5), 0.3))
+
+
+def test_values_between_the_levels_are_refused():
+    """Of images in [0, 1] the 256 values lie half a level apart: their probabilities would sum to two."""
+    torch.manual_seed(0)
+    net = PixelCNN(1, 6, features=2, width=8, kernel_sizes=(3,))
+    model = PixelCNNVAE(LinearHeadDecoder(2, [4], (2, 3, 3)), net, 2, pixels="logistic")
+    images = torch.randint(0, 256, (5, 1, 3, 3)) / 255
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+    guide = guides.Amortized(model, encoder)
+    with pytest.raises(DataError, match=r"2 \* x - 1"):
+        fit(model, guide, images, max_steps=1, progress=False)
+    assert math.isfinite(fit(model, guide, 2 * images - 1, epochs=1, progress=False).curve[0])
+    one = AutoregressiveImages(net.double(), torch.randn(2, 1, 1).double(), pixels="logistic")
+    levels = (torch.arange(256).double() / 127.5 - 1).view(256, 1, 1, 1)
+    assert float(torch.logsumexp(one.log_prob(levels), 0).detach()) == pytest.approx(0.0, abs=1e-4)
+    assert one.support.check(levels).all()
+    assert not one.support.check(levels[1:] - 1 / 255).any()
+
+
+def test_a_net_with_other_outputs_than_channels_is_refused():
+    net = PixelCNN(1, 2, features=2, width=8, kernel_sizes=(3,))
+    images = AutoregressiveImages(net, torch.zeros(1, 2, 3, 3))
+    with pytest.raises(ValueError, match="outputs=1"):
+        images.log_prob(torch.zeros(1, 1, 3, 3))

@@ -218,3 +218,14 @@ def test_bad_input():
         model(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="word_dropout"):
         small(word_dropout=1.0)
+
+
+@pytest.mark.parametrize("bad", [[4, PAD, 5, END], [4, END, 5, PAD], [BEGIN, 4, END, PAD], [WORDS, END, PAD, PAD]])
+def test_evidence_refuses_what_is_no_sentence(bad):
+    """A decoder would give such rows a probability; no draw can be one."""
+    model, encoder = small()
+    x = torch.tensor([[4, 5, END, PAD], bad])
+    embeds = LSTMEncoder(WORDS + 1, 2 * D, embedding=4, hidden=8)
+    guide = guides.Amortized(model, encoder if max(bad) < WORDS else embeds)
+    with pytest.raises(DataError, match=r"site 'x': 1 of 2 sentences have"):
+        evidence.iwae(model, guide, x, num_samples=3)
