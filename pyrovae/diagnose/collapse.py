@@ -63,7 +63,7 @@ class Information:
         n, dim = len(self.kl), len(self.mean_variance)
         if n == 1:
             return f"Information in one datum: KL {float(self.kl):.2f} nats; what latents tell apart takes two data"
-        known = "not known"
+        known = "unknown"
         if self.mutual_information is not None:
             near = ", which caps it: give more data" if self.mutual_information > self.cap - 0.5 else ""
             known = f"{self.mutual_information:.2f} nats of at most log {n} = {self.cap:.2f}{near}"
@@ -114,9 +114,10 @@ def information(
     u, excess = found[..., :-1], found[:scored, :, -1]
     between = u.mean(0).var(0) if u.shape[1] > 1 else torch.zeros_like(u[0, 0])
     noise = u.var(0).mean(0) / num_samples
+    mutual = _mutual_information(model, guide, u[:10], args, kwargs) if mixture else None
     return Information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(scored),
-        mutual_information=_mutual_information(model, guide, u[:10], args, kwargs) if mixture else None, cap=math.log(u.shape[1]),
+        mutual_information=mutual, cap=math.log(u.shape[1]),
         mean_variance=(between - noise).clamp_min(0),
     )  # fmt: skip
 
