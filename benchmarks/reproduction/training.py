@@ -77,7 +77,7 @@ def train(
         began, cpu = time.perf_counter(), time.process_time()
         with warnings.catch_warnings():
             if target < epochs:  # this call is not the last one
-                warnings.filterwarnings("ignore", message="the KL schedule takes")
+                warnings.filterwarnings("ignore", message=".* takes .* steps but training stops")
             label = f"{name}, to epoch {target}"
             result = _fit(model, guide, loss, schedule, split, preset, target, path, seed, label, progress)
         if result.epochs > clock.epochs:
