@@ -18,8 +18,7 @@ At the same z, C is never above B, and equal to it where r_l are the responsibil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro
@@ -105,9 +104,11 @@ class Classified(FamilyGuide):
         require_net(classifier)
         super().__init__(model, plate="data", batched=batched)
         self.factorisation, self.encoder, self.classifier = factorisation, encoder, classifier
+        self.latent_dim, self.num_clusters = model.latent_dim, tuple(model.num_clusters)
         self.traits = GuideTraits(
             name=f"Classified({factorisation})", reparameterised=False, gaussian_sites=factorisation == "C",
             gaussian_base=factorisation == "C", stratified=True,
+            trained_by="pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)" if factorisation == "C" else "",
         )  # fmt: skip
 
     def _describe(self) -> str:
@@ -115,40 +116,30 @@ class Classified(FamilyGuide):
 
     def family(self, *args: Any, **kwargs: Any) -> Family:
         if self.factorisation == "C":
-            return DiagonalNormal(self.model.latent_dim)
-        return MixtureOfNormals(self.model.latent_dim, self.model.num_clusters[0])
+            return DiagonalNormal(self.latent_dim)
+        return MixtureOfNormals(self.latent_dim, self.num_clusters[0])
 
     def lam(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_argument(*args, **kwargs)
         if self.factorisation == "C":
             return encode(self.encoder, x, self.family())
-        expected = 2 * self.model.num_clusters[0] * self.model.latent_dim
+        expected = 2 * self.num_clusters[0] * self.latent_dim
         moments = _rows("encoder", self.encoder, x, expected, "locations and log-variances of all classes")
         return torch.cat([self._logits(x), moments], -1)
 
     def _logits(self, x: Any) -> Tensor:
         """`[B, K_1 + .. + K_L]`."""
-        return _rows("classifier", self.classifier, x, sum(self.model.num_clusters), "logits of all groups")
+        return _rows("classifier", self.classifier, x, sum(self.num_clusters), "logits of all groups")
 
     def clusters(self, x: Tensor, level: int = 0) -> Tensor:
         """q(y_l | x), `[B, K_l]`; level 0 is the shallowest group."""
-        if not 0 <= level < len(self.model.sizes):
-            raise ValueError(f"the model has groups 0 to {len(self.model.sizes) - 1}, got {level}")
+        if not 0 <= level < len(self.num_clusters):
+            raise ValueError(f"the model has groups 0 to {len(self.num_clusters) - 1}, got {level}")
         with self._aside():
             return torch.softmax(self._of_level(self._logits(x), level), -1)
 
     def _of_level(self, logits: Tensor, level: int) -> Tensor:
-        return logits.split(self.model.num_clusters, -1)[level]
-
-    @contextmanager
-    def in_program(self) -> Iterator[None]:
-        if self.factorisation == "C":
-            raise IncompatibleError(
-                "this loss looks at z alone and would leave the classifier as it is: train Classified with "
-                "loss=TraceEnum_ELBO(max_plate_nesting=1), of pyro.infer"
-            )
-        with super().in_program():
-            yield
+        return logits.split(self.num_clusters, -1)[level]
 
     def _prepare(self, space: LatentSpace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         q = self._posterior(*args, **kwargs)
@@ -157,7 +148,7 @@ class Classified(FamilyGuide):
         logits = self._logits(first_argument(*args, **kwargs))
 
         def write() -> None:
-            for level in range(len(self.model.sizes)):
+            for level in range(len(self.num_clusters)):
                 _emit_class(level, self._of_level(logits, level))
             emit(space.structure, q)
 

@@ -154,6 +154,8 @@ def check_sentences(x: Tensor, vocabulary: int | None = None) -> None:
         x: `[B, T]`.
         vocabulary: number of words that the decoder knows; None leaves the largest index to the site's support.
     """
+    if not isinstance(x, Tensor):
+        raise DataError(f"sentences are given to models as rows of indices, got {type(x).__name__}: pass its .rows()")
     if x.dim() != 2 or x.is_floating_point() or x.shape[1] < 1:
         raise DataError(
             f"sentences are rows of word indices [B, T], got {x.dtype} of shape {list(x.shape)}: encode them with a "

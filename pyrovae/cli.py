@@ -59,19 +59,21 @@ def compare(
 @app.command()
 def fit(
     model: Annotated[str, typer.Option(help="vae, ppca, ladder, vlac, pixelcnn, lossy, text, language-model")] = "vae",
-    guide: Annotated[str, typer.Option(help="how latents are inferred [default: amortized]")] = "",
-    loss: Annotated[str, typer.Option(help="what is trained [default: the guide's own, mostly elbo]")] = "",
+    guide: Annotated[str, typer.Option(
+        help="amortized (the default), semi-amortized, laplace, mixture, short-run ...; a wrong name lists all"
+    )] = "",
+    loss: Annotated[str, typer.Option(help="elbo, iwae, infovae, mae, free-bits ...; the guide's own by default")] = "",
     data: Annotated[str, typer.Option(help="images or text by name, or an .npz file")] = "digits",
-    out: Annotated[str, typer.Option(help="folder to write [default: runs/fit-<model>-<data>]")] = "",
+    out: Annotated[str, typer.Option(help="folder to write; runs/fit-MODEL-DATA by default")] = "",
     latent_dim: Annotated[int | None, typer.Option(min=1, help="latents per datum, of ladders per group")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="of training (at most 10 with --quick)")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="data in a training step")] = 128,
     learning_rate: Annotated[float, typer.Option(help="of Adam")] = 1e-3,
     kl_warmup: Annotated[int | None, typer.Option(
-        min=0, help="epochs of a KL weight from 0.1 to 1 [default: 10 for ladders and text, else 0]"
+        min=0, help="epochs of a KL weight from 0.1 to 1; 10 by default for ladders and text, else 0"
     )] = None,
     schedule: Annotated[str, typer.Option(help="none, aggressive, deep-first or recursive")] = "none",
-    binarization: Annotated[str, typer.Option(help="static, dynamic or none [default: as the model needs]")] = "",
+    binarization: Annotated[str, typer.Option(help="static, dynamic or none; as the model needs by default")] = "",
     patience: Annotated[int, typer.Option(min=0, help="epochs that held-out data wait for better; 0: no end")] = 0,
     num_samples: Annotated[int, typer.Option(min=25, help="importance draws per datum")] = 1000,
     num_data: Annotated[int, typer.Option(min=2, help="test data evaluated, from the first")] = 1000,
@@ -104,7 +106,7 @@ def certify(
     problems: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
     seed: Annotated[int, typer.Option(min=0, help="of training and evaluation")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default")] = None,
-    out: Annotated[str, typer.Option(help="page to write [default: docs/certification.md, for the whole table]")] = "",
+    out: Annotated[str, typer.Option(help="page to write; docs/certification.md by default, for the whole table")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="two problems, half the draws")] = False,
 ) -> None:
     """Hold every guide against exact answers; exit with status 1 if any fails."""
@@ -205,7 +207,7 @@ def _after(command: str, work: Callable[[Callable[[Any], None]], Any], *others: 
 
     from pyrovae.errors import CheckpointError
 
-    expected: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, CheckpointError, *others)
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, CheckpointError, *others)
     console = Console()
     if console.width < 150:
         console = Console(width=150)

@@ -30,6 +30,7 @@ class GuideTraits:
         stages: is built up in stages, each with an objective of its own (`RecursiveMixture.stages`).
         trainable: can be trained itself.
         latents: the latents it can treat.
+        trained_by: the only loss that trains all of it, where that is one of Pyro's own.
         name: as messages and tables write it.
     """
 
@@ -42,6 +43,7 @@ class GuideTraits:
     stratified: bool = False
     stages: bool = False
     trainable: bool = True
+    trained_by: str = ""
     latents: tuple[str, ...] = ("continuous",)
 
 
@@ -80,6 +82,8 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return None
     if not g.trainable:
         return f"{g.name} is for evaluation: train the guides it is made of, each by itself"
+    if g.trained_by:
+        return f"{t.name} would leave a part of {g.name} as it is: train it with {g.trained_by}"
     if t.needs_density and not g.has_density:
         return f"{g.name} has draws but no density, which {t.name} needs: train it with losses.ExpectedLogJoint()"
     if not t.needs_density and g.has_density:

@@ -97,7 +97,7 @@ def centre(model: Any, guide: Any, x: Tensor, num_samples: int = 100) -> Tensor:
     )[0]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Imputation:
     """What a model makes of hidden values.
 
@@ -112,6 +112,10 @@ class Imputation:
     mean: Tensor
     sd: Tensor
     khat: Tensor | None
+
+    def __repr__(self) -> str:
+        bad = "" if self.khat is None else f", k-hat above 0.7 for {int((self.khat > 0.7).sum())}"
+        return f"Imputation of {len(self.mean)} data {list(self.mean.shape[1:])}{bad}"
 
 
 def impute(

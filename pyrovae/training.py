@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["FitResult", "fit"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """A finished (or early stopped) training run.
 
@@ -68,6 +68,14 @@ class FitResult:
     seconds: float
     provenance: Provenance
     state: dict[str, Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        last = f"{self.curve[-1]:.2f} nats per datum" if self.curve else "unknown before the first epoch ends"
+        held_out = f", held out {self.validation[-1][1]:.2f}" if self.validation else ""
+        return (
+            f"FitResult({self.objective} {last}{held_out} after {self.epochs} epochs, {self.steps} steps; "
+            f"{self.seconds:.1f} s)"
+        )
 
     @contextmanager
     def activate(self) -> Iterator[None]:
@@ -170,6 +178,10 @@ def fit(
     if hasattr(loss, "start"):
         loss.start()
     optimizer = Adam(lr=1e-3) if optimizer is None else optimizer
+    if not hasattr(optimizer, "optim_objs"):
+        raise TypeError(
+            f"the optimiser must be one of pyro.optim, such as pyrovae.optim.Adam(lr=1e-3), got {type(optimizer)}"
+        )
     if optimizer.optim_objs:
         raise ValueError("the optimiser has stepped parameters before: pass a fresh one")
     epochs = 50 if epochs is None and max_steps is None else epochs

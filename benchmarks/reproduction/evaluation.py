@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae import diagnose, evidence, flows
 from pyrovae.data.text import Sentences
+from pyrovae.fitting.numbers import perplexity
 from pyrovae.guides.base import Guide
 from pyrovae.minibatches import Rows
 from pyrovae.provenance import Provenance
@@ -75,7 +76,8 @@ def evaluate(
         "k-hat above 0.7": {"mean": share, "se": math.sqrt(share * (1 - share) / len(data))},
     }
     if data.sentences is not None:
-        numbers["PPL"] = _perplexity(found["IWAE"], data.sentences.lengths)
+        found_ppl = perplexity(found["IWAE"], data.sentences.lengths)
+        numbers["PPL"] = {"mean": found_ppl.value, "se": found_ppl.se}
     return numbers, {key: found[key].tolist() for key in ("ELBO", "IWAE")}
 
 
@@ -93,14 +95,6 @@ def _latents(model: Any, guide: Any, data: Rows, seed: int) -> dict[str, dict[st
     if known.mutual_information is not None:
         found["MI"] = plain(known.mutual_information)
     return found
-
-
-def _perplexity(log_likelihood: Tensor, lengths: Tensor) -> dict[str, float]:
-    """exp of minus the mean over tokens; the standard error is that of a ratio of means over sentences."""
-    mean = float(log_likelihood.sum() / lengths.sum())
-    rest = (log_likelihood - mean * lengths) / lengths.double().mean()
-    se = float(rest.std()) / math.sqrt(len(lengths)) if len(lengths) > 1 else math.nan
-    return {"mean": math.exp(-mean), "se": math.exp(-mean) * se}
 
 
 def inference_time(guide: Guide, x: Tensor) -> dict[str, float]:

@@ -11,7 +11,9 @@ __all__ = ["require_device", "set_threads"]
 
 
 def require_device(device: str) -> None:
-    """Raise `ValueError` for a GPU that is not there."""
+    """Raise `ValueError` for what is no device, and for a GPU that is not there."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ValueError(f"unknown device {device!r}: pass cpu, cuda or cuda:0")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU that torch can use: pass --device cpu")
 

@@ -55,6 +55,10 @@ def load(folder: str | Path) -> Saved:
     """
     folder = Path(folder)
     path = folder / "comparison.json"
+    if (folder / "results.json").exists() and not path.exists():
+        raise FileNotFoundError(
+            f"{folder} is a run of `pyrovae fit`, which has its numbers already: this takes one of `pyrovae compare`"
+        )
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} holds no finished run (no comparison.json): make one with `pyrovae compare --out {folder}`, or "

@@ -97,8 +97,10 @@ class Sentences:
         """The same, words on another device."""
         return Sentences(self.tokens.to(device), self.lengths)
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Some sentences, ``[B, longest of them]``."""
+    def rows(self, index: Tensor | None = None) -> Tensor:
+        """Some sentences, all by default, ``[B, longest of them]``."""
+        if index is None:
+            return self.tokens[:, : int(self.lengths.max())]
         return self.tokens[index, : int(self.lengths[index].max())]
 
     def order(self, batch_size: int, *, generator: torch.Generator | None = None) -> Tensor:

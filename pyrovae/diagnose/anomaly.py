@@ -221,7 +221,8 @@ def detection(scores_in: Tensor | Estimate, scores_out: Tensor | Estimate) -> De
         ValueError: another shape, no scores, or NaN among them.
     """
     known, strange = (
-        (s.values if isinstance(s, Estimate) else s).detach().cpu().double() for s in (scores_in, scores_out)
+        torch.as_tensor(s.values if isinstance(s, Estimate) else s).detach().cpu().double()
+        for s in (scores_in, scores_out)
     )
     for name, values in (("scores_in", known), ("scores_out", strange)):
         if values.dim() != 1 or not len(values) or values.isnan().any():

@@ -25,9 +25,11 @@ from pyrovae.generate import centre
 from pyrovae.handlers import LinearSchedule
 from pyrovae.optim import Adam
 from pyrovae.provenance import Provenance
+from pyrovae.table import Number
 
 __all__ = ["run"]
 
+_WRITTEN = ("report.html", "results.json", "weights.pt", "checkpoint.pt", "checkpoint-start.pt", "comparison.json")
 _CLUSTERED = 5000  # training data whose codes place a VLAC's components
 _TEXT_WORK = 1_000_000  # multiply-adds of a step on sentences, at least
 
@@ -51,6 +53,8 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     require_device(s.device)
     out = Path(s.out)
     _require_folder(s, out)
+    if s.resume and not (out / "settings.json").exists():
+        say(f"there is no run in {out} to go on with: starting one")
     material = gather(s)
     pixels = material.form.pixels or _TEXT_WORK
     threads = set_threads(s.threads, pixels, s.batch_size)
@@ -72,12 +76,21 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
 
 
 def _require_folder(s: Settings, out: Path) -> None:
-    """Nothing that was trained is overwritten, and no run goes on with other settings."""
+    """Nothing is overwritten, and no run goes on with other settings."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: pass a folder as --out")
     if not (out / "settings.json").exists():
+        there = sorted(name for name in _WRITTEN if (out / name).exists())
+        if there:
+            raise ValueError(f"{out} holds {', '.join(there)} of something else: pass another --out")
         return
     if not s.resume:
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
-    s.require_same(json.loads((out / "settings.json").read_text()))
+    try:
+        before = json.loads((out / "settings.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{out / 'settings.json'} is damaged ({error}): pass another --out") from error
+    s.require_same(before)
 
 
 def _provenance(s: Settings, material: Material, threads: int) -> Provenance:
@@ -147,8 +160,14 @@ class _Job:
         o.model.start_clusters(centre(o.model, o.guide, x, num_samples=10), seed=o.settings.seed)
 
     def evaluate(self) -> None:
-        o = self.outcome
+        o, alone = self.outcome, numbers.independent_pixels(self.material)
         o.findings = numbers.evaluate(o.model, o.guide, self.material, o.settings.num_samples, o.settings.seed)
+        bound = next((value for name, value in o.findings.numbers.items() if name.startswith("IWAE")), None)
+        if alone is not None and isinstance(bound, Number) and not bound.value > alone:
+            o.told.append(
+                f"The bound is not above what independent pixels without any latent reach, {alone:.5g} nats: training "
+                "went wrong, or was too short. Try a smaller --learning-rate, or more --epochs."
+            )
 
     def write(self) -> None:
         from pyrovae.fitting import page, pictures, sentences

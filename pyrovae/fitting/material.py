@@ -79,6 +79,8 @@ def gather(settings: Any) -> Material:
         DataError: too few data to hold any out.
     """
     found = _text(settings) if settings.is_text else _images(settings)
+    if len(found.test) < 2:
+        raise DataError(f"{settings.data} has {len(found.test)} test data: at least 2 are needed for a standard error")
     return found.to(settings.device)
 
 

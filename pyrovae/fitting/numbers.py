@@ -21,12 +21,13 @@ from pyrovae.minibatches import Rows
 from pyrovae.runtime import evaluating
 from pyrovae.table import Number
 
-__all__ = ["evaluate", "perplexity"]
+__all__ = ["evaluate", "independent_pixels", "perplexity"]
 
 _ROWS = 50  # sentences scored at once, of about one length
 _VALUES = 50_000_000  # that a layer may hold at once
 _APART = 1_000_003  # seeds of the parts of one datum's draws
-_DRAWS = 40  # of every posterior, for its mean and its KL
+_DRAWS, _SCORED = 100, 40  # of every posterior, for its mean; of them, for its KL
+_AT_MOST = "perplexity, at most"  # a lower bound of log p(x) bounds it from above
 _CHAIN = "unknown: the density is of the whole chain, not of z"
 _NO_DENSITY = "no bound: the guide has draws but no density"
 
@@ -46,11 +47,11 @@ def evaluate(model: Any, guide: Any, material: Material, num_samples: int, seed:
             "k-hat above 0.7": Number(share, math.sqrt(share * (1 - share) / len(x))),
         }  # fmt: skip
         if material.vocabulary is not None:
-            found.numbers["perplexity"] = perplexity(iwae.values, material.test.lengths)
+            found.numbers[_AT_MOST] = perplexity(iwae.values, material.test.lengths)
     else:
         found.numbers = {"ELBO": _NO_DENSITY, f"IWAE-{num_samples}": _NO_DENSITY}
         if material.vocabulary is not None:
-            found.numbers["perplexity"] = _NO_DENSITY
+            found.numbers[_AT_MOST] = _NO_DENSITY
     if hasattr(model, "log_evidence"):
         with torch.no_grad():
             found.numbers["log p(x), exact"] = _mean(model.log_evidence(x).double())
@@ -78,6 +79,20 @@ def perplexity(log_likelihood: Tensor, lengths: Tensor) -> Number:
     mean = float(log_likelihood.sum() / lengths.sum())
     rest = (log_likelihood - mean * lengths) / lengths.double().mean()
     return Number(math.exp(-mean), math.exp(-mean) * float(rest.std()) / math.sqrt(len(lengths)))
+
+
+def independent_pixels(material: Material) -> float | None:
+    """Mean log-density of test data when every pixel has the law of that pixel in the training data, nats; None of
+    other likelihoods than Bernoulli and Gaussian."""
+    train, test, kind = material.train, material.test, material.form.likelihood
+    if kind not in ("bernoulli", "gaussian") or not isinstance(train, Tensor) or not isinstance(test, Tensor):
+        return None
+    mean = train.double().mean(0)
+    if kind == "bernoulli":
+        law: Any = torch.distributions.Bernoulli(mean.clamp(0.01, 0.99))
+        return float(law.log_prob(test.round().double()).flatten(1).sum(1).mean())
+    spread = (train.double() - mean).square().mean().sqrt().clamp_min(0.01)  # one scale, as the models have
+    return float(torch.distributions.Normal(mean, spread).log_prob(test.double()).flatten(1).sum(1).mean())
 
 
 def _exact(model: Any, material: Material) -> Findings:
@@ -131,7 +146,9 @@ def _information(
 ) -> None:  # fmt: skip
     """KL to the prior, mutual information with its cap, active latents."""
     if guide.traits.has_density and guide.traits.marginal:
-        known = diagnose.information(model, guide, x, num_samples=_DRAWS, seed=seed, chunk=rows)
+        known = diagnose.information(
+            model, guide, x, num_samples=_DRAWS, num_scored=_SCORED, seed=seed, chunk=rows
+        )  # fmt: skip
         mutual = known.mutual_information
         found.numbers["KL"] = _mean(known.kl)
         found.numbers["mutual information"] = _CHAIN if mutual is None else Number(mutual)
@@ -152,7 +169,7 @@ def _groups(model: Any, guide: Any, material: Material, u: Tensor, variance: Ten
         known = dict.fromkeys(model.groups, _CHAIN if guide.traits.has_density else "unknown: no density")
     else:
         try:
-            information = diagnose.group_information(model, guide, x, num_samples=_DRAWS, seed=seed)
+            information = diagnose.group_information(model, guide, x, num_samples=_SCORED, seed=seed)
         except (NoDensityError, LatentError) as error:  # of flows and of classes that are summed out: say so
             known = dict.fromkeys(model.groups, f"unknown: {error}")
         else:

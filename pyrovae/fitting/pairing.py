@@ -42,7 +42,7 @@ def require(settings: Settings) -> None:
                        _why_not(*_pair(s.model, name), s.model, s.loss) is None]  # fmt: skip
             others = f", with --loss {s.loss} go --guide {_or(fitting)}" if fitting else ""
             own = _or(_losses(model, guide, s))
-            raise IncompatibleError(f"{reason}; with --guide {s.guide} go --loss {own}{others}")
+            raise IncompatibleError(f"{_why(reason)}; with --guide {s.guide} go --loss {own}{others}")
     loss = build_loss(s.loss, model, guide)
     if s.warmup and s.loss == "iwae":
         raise IncompatibleError(
@@ -53,12 +53,14 @@ def require(settings: Settings) -> None:
     if reason is not None:
         fitting = [name for name in SCHEDULES if _schedule(name, guide, loss) is None]
         raise IncompatibleError(
-            f"{reason}; with --model {s.model}, --guide {s.guide} and this loss go --schedule {_or(fitting)}"
+            f"{_why(reason)}; with --model {s.model}, --guide {s.guide} and this loss go --schedule {_or(fitting)}"
         )
 
 
 def _data(s: Settings) -> None:
     images = f"{', '.join(NAMES)} or an .npz file"
+    if s.data not in (*NAMES, *TEXTS) and not s.data.endswith(".npz"):
+        raise DataError(f"unknown data {s.data!r}: choose from {images}, for models of sentences {_or(TEXTS)}")
     if s.wants_text and not s.is_text:
         raise DataError(
             f"the model {s.model!r} reads sentences, which {s.data!r} is not: pass --data {_or(TEXTS)}, or a model of "
@@ -139,6 +141,11 @@ def _schedule(name: str, guide: Any, loss: Any) -> str | None:
     except IncompatibleError as error:
         return str(error)
     return None
+
+
+def _why(reason: str) -> str:
+    """Without the advice for Python, which options take the place of."""
+    return reason.partition(": ")[0]
 
 
 def _or(names: Any) -> str:

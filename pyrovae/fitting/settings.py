@@ -82,6 +82,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: pass at least {least}")
+        if self.model == "lossy" and self.latent_dim == 1:
+            raise ValueError("the prior of a lossy autoencoder is a flow of at least two latents: pass --latent-dim 2")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: pass a positive one")
         if self.patience < 0 or (self.kl_warmup or 0) < 0 or self.seed < 0:
@@ -137,6 +139,15 @@ class Settings:
         free = set(_FREE)
         if self.model == "vlac" or self.schedule == "deep-first":  # their stages are shares of all epochs
             free.remove("epochs")
+        if "epochs" not in free and self.epochs != before["epochs"]:
+            raise ValueError(
+                f"{self.out} holds a run of {before['epochs']} epochs, whose stages are shares of them: go on with "
+                "as many, or pass another --out"
+            )
+        if self.epochs < before["epochs"]:
+            raise ValueError(
+                f"{self.out} holds a run of {before['epochs']} epochs: pass as many or more, or another --out"
+            )
         for name in (field.name for field in fields(self) if field.name not in _FREE):
             ours, theirs = getattr(self, name), before[name]
             if ours != theirs:
@@ -144,8 +155,3 @@ class Settings:
                     f"{self.out} holds a run with {name.replace('_', ' ')} {theirs!r}, not {ours!r}: go on with the "
                     "same, or pass another --out"
                 )
-        if "epochs" not in free and self.epochs != before["epochs"]:
-            raise ValueError(
-                f"{self.out} holds a run of {before['epochs']} epochs, whose stages are shares of them: go on with "
-                "as many, or pass another --out"
-            )
