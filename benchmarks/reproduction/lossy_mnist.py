@@ -58,8 +58,8 @@ REMARKS = (
     "11.7 nats on dynamic MNIST) are what a short run can be held against.",
     f"Free bits: a floor of {FLOOR:g} nats under the whole KL, 0.01 for each pixel as published.",
     "The factorised decoder has no masked layers: all that a pixel knows of others goes through the code.",
-    "What the quick preset (1,000 steps) cannot show: gains of half a nat, such as that of the flow prior, and the KL of "
-    "10 to 12 nats, which codes have not reached by then unless a floor holds them up.",
+    "What the quick preset (1,000 steps) cannot show: gains of half a nat, such as that of the flow prior, and the KL "
+    "of 10 to 12 nats, which codes have not reached by then unless a floor holds them up.",
 )
 
 EXPERIMENT = Experiment(
