@@ -69,7 +69,8 @@ class Classified(FamilyGuide):
         >>> from pyrovae import models
         >>> model = models.VLAC(nn.Linear(3, 4), [2, 1], [3, 5], "gaussian", classes="enumerated")
         >>> guide = Classified(model, nn.Linear(4, 6), nn.Linear(4, 8))
-        >>> value = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, torch.zeros(7, 4))
+        >>> with pyro.get_param_store().scope():
+        ...     value = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, torch.zeros(7, 4))
         >>> guide.clusters(torch.zeros(7, 4), level=1).shape
         torch.Size([7, 5])
     """
