@@ -17,7 +17,7 @@ from reproduction.experiment import Arm, Experiment, Preset, Setup, Split
 __all__ = ["EXPERIMENT"]
 
 FEW = 500  # training images of the small runs
-WEIGHT = 1000.0  # lambda: alpha = 0 keeps the KL at weight 1
+WEIGHT, LESS, STEIN = 1000.0, 50.0, 5.0  # lambda: alpha = 0 keeps the KL at weight 1
 _LABELS, _CODES, _PARTS, _PICTURES = 1000, 4000, 10, 2000
 
 
@@ -65,12 +65,17 @@ EXPERIMENT = Experiment(
     baseline="ELBO",
     arms=(
         *_both("ELBO"),
+        *_both("InfoVAE, MMD, lambda 50", partial(losses.InfoVAE, 0.0, LESS)),
+        *_both("InfoVAE, Stein, lambda 5", partial(losses.InfoVAE, 0.0, STEIN, "stein")),
         *_both("InfoVAE, MMD", partial(losses.InfoVAE, 0.0, WEIGHT)),
         *_both("MMD without KL", partial(losses.InfoVAE, 1.0, WEIGHT)),
         *_both("InfoVAE, Stein", partial(losses.InfoVAE, 0.0, WEIGHT, "stein")),
         Arm("InfoVAE, MMD, the authors' kernel", amortized, partial(losses.InfoVAE, 0.0, WEIGHT, kernel="original")),
     ),
-    pairs=((f"InfoVAE, MMD, {FEW} images", f"ELBO, {FEW} images"),),
+    pairs=(
+        (f"InfoVAE, MMD, lambda 50, {FEW} images", f"ELBO, {FEW} images"),
+        (f"InfoVAE, MMD, {FEW} images", f"ELBO, {FEW} images"),
+    ),
     presets={
         "quick": Preset(epochs=15, train_rows=20_000, test_rows=500, num_samples=500, batch_size=200,
                         learning_rate=1e-3, hidden=(400, 400), latent_dim=10, extra_rows=5000),
@@ -78,8 +83,8 @@ EXPERIMENT = Experiment(
                         latent_dim=10, extra_rows=10_000),
     },
     settings=(
-        f"D = 10, ReLU MLPs, alpha = 0 and lambda = {WEIGHT:g} (alpha = 1: no KL), RBF kernel with s^2 = D, batch 200, "
-        f"Adam 1e-3, last weights; runs on {FEW} images take as many steps as the others"
+        f"D = 10, ReLU MLPs, alpha = 0 and lambda = {WEIGHT:g} where no other is named (alpha = 1: no KL), RBF kernel "
+        f"with s^2 = D, batch 200, Adam 1e-3, last weights; runs on {FEW} images take as many steps as the others"
     ),
     remarks=(
         "No table of the paper could be checked. It reports over-dispersed codes under the ELBO on small training sets "
@@ -88,6 +93,8 @@ EXPERIMENT = Experiment(
         "of 400. Log det Cov: of the same codes; 0 for the prior.",
         "Classes of samples: KL of the classes that a small classifier gives 2,000 mean pictures of prior draws from "
         "even ones. Error: logistic regression on posterior means, 1,000 labels, the other test images held out.",
+        "1,000 is the lambda quoted of the authors, for their kernel, whose MMD is some 15 times smaller at 10 "
+        "latents; with the RBF kernel, and with Stein, it holds q(z) to the prior at the cost of what z says.",
         "Objectives with a weight on D(q(z) || p(z)) are no bounds; ELBO and IWAE are computed afterwards.",
     ),
     missing=("The adversarial divergence of the paper is not in the library.",),
