@@ -135,6 +135,10 @@ def _section(experiment: Experiment, results: dict[str, Any]) -> list[str]:
         f"({settings['validation_rows']} held out), {results['test_rows']} test data. Data: {results['data']}; "
         f"{results['split']}{digest}. {versions}.\n",
     ]
+    there = {arm["name"] for arm in results["arms"]}
+    missing = [arm.name for arm in experiment.arms if results["preset"] in arm.presets and arm.name not in there]
+    if missing:
+        parts.append(f"\nNot run yet: {'; '.join(missing)}.\n")
     for title, header, rows in _tables(experiment, results):
         parts.append(f"\n{title}:\n\n" + _markdown(header, rows))
     facts = _shortfalls(experiment, results)
