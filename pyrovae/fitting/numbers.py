@@ -18,6 +18,7 @@ from pyrovae.errors import LatentError, NoDensityError
 from pyrovae.fitting.material import Material
 from pyrovae.fitting.outcome import Findings, Group
 from pyrovae.minibatches import Rows
+from pyrovae.models import text_vae
 from pyrovae.runtime import evaluating
 from pyrovae.table import Number
 
@@ -76,9 +77,9 @@ def perplexity(log_likelihood: Tensor, lengths: Tensor) -> Number:
         log_likelihood: `[N]`, nats a sentence.
         lengths: `[N]`.
     """
-    mean = float(log_likelihood.sum() / lengths.sum())
+    value, mean = text_vae.perplexity(log_likelihood, lengths), float(log_likelihood.sum() / lengths.sum())
     rest = (log_likelihood - mean * lengths) / lengths.double().mean()
-    return Number(math.exp(-mean), math.exp(-mean) * float(rest.std()) / math.sqrt(len(lengths)))
+    return Number(value, value * float(rest.std()) / math.sqrt(len(lengths)))
 
 
 def independent_pixels(material: Material) -> float | None:

@@ -157,11 +157,8 @@ def _groups(o: Outcome) -> list[str]:
 
 
 def _curves(o: Outcome) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
     figure = plots.training({"training": (o.objective, o.curve)})
     axis = figure.axes[0]
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if o.validation:
         axis.plot(*zip(*o.validation, strict=True), color=plots.COLORS[1], label="held out", linewidth=1.4)
         axis.legend(frameon=False, fontsize=8)
