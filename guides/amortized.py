@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
+from pyrovae.errors import DataError
 from pyrovae.families import Family
 from pyrovae.guides.base import FamilyGuide, Guide
 from pyrovae.guides.own_family import OwnFamily, family_traits
@@ -111,11 +112,19 @@ def require_net(encoder: Any) -> None:
 
 
 def run_encoder(encoder: nn.Module, x: Any) -> Any:
-    """The encoder's output; a shape it cannot take is reported with what to do."""
+    """The encoder's output; a shape or precision it cannot take is reported with what to do."""
     try:
         return encoder(x)
     except RuntimeError as error:
-        if not isinstance(x, Tensor) or "shape" not in str(error):
+        if not isinstance(x, Tensor):
+            raise
+        own = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
+        if x.is_floating_point() and x.dtype != own:
+            raise DataError(
+                f"the encoder computes in {own}, its input is {x.dtype}: convert the data with .to({own}), or encoder "
+                f"and model with .to({x.dtype})"
+            ) from error
+        if "shape" not in str(error):
             raise
         raise ValueError(
             f"the encoder cannot take its input of shape {tuple(x.shape)} ({error}): use a net that can, or shape the "

@@ -423,6 +423,14 @@ def test_encoder_of_the_wrong_width(encoder: nn.Module, message: str) -> None:
             use(X)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_data_of_another_precision_than_the_encoder(dtype: torch.dtype) -> None:
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    guide = guides.Amortized(good, nn.Linear(2, 2, dtype=dtype))
+    with pytest.raises(DataError, match=f"the encoder computes in {dtype}, its input is {other}: convert the data"):
+        guide.posterior(X.to(other))
+
+
 def test_guide_of_another_model() -> None:
     first, second = vae(), vae()
     guide = guides.Amortized(first, nn.Linear(2, 2))
