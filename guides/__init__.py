@@ -12,10 +12,13 @@ else:
     from pyrovae.guides.amortized import Amortized
     from pyrovae.guides.base import DensityGuide, FamilyGuide, Guide
     from pyrovae.guides.boosted_vi import BoostedVI
+    from pyrovae.guides.charts import Charts
     from pyrovae.guides.classified import Classified
     from pyrovae.guides.dais import DAIS
     from pyrovae.guides.density_short_run import DensityShortRun
     from pyrovae.guides.escalating import Escalating
+    from pyrovae.guides.exact import Exact
+    from pyrovae.guides.forward_process import ForwardProcess
     from pyrovae.guides.hvae import HVAE
     from pyrovae.guides.laplace import Laplace
     from pyrovae.guides.local_svi import LocalSVI
@@ -23,7 +26,7 @@ else:
     from pyrovae.guides.recursive_mixture import RecursiveMixture
     from pyrovae.guides.semi_amortized import SemiAmortized
     from pyrovae.guides.semi_dais import SemiDAIS
-    from pyrovae.guides.short_run import ShortRun
+    from pyrovae.guides.short_run import ShortRun, text_steps
     from pyrovae.guides.step_size import tune_step_size
 
     REGISTRY = {
@@ -42,7 +45,7 @@ else:
     }
 
     __all__ = [
-        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "Classified", "DensityGuide", "DensityShortRun",
-        "Escalating", "FamilyGuide", "Guide", "Laplace", "LocalSVI", "Mixture", "RecursiveMixture", "SemiAmortized",
-        "SemiDAIS", "ShortRun", "tune_step_size",
+        "DAIS", "HVAE", "REGISTRY", "Amortized", "BoostedVI", "Charts", "Classified", "DensityGuide", "DensityShortRun",
+        "Escalating", "Exact", "FamilyGuide", "ForwardProcess", "Guide", "Laplace", "LocalSVI", "Mixture",
+        "RecursiveMixture", "SemiAmortized", "SemiDAIS", "ShortRun", "text_steps", "tune_step_size",
     ]  # fmt: skip

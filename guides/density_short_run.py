@@ -78,7 +78,7 @@ class DensityShortRun(ChainGuide):
             raise ValueError(f"the temperature must not be negative, got {temperature:g}")
         super().__init__(model, plate=plate, batched=batched)
         self.steps = step_sizes(num_steps, step_size)
-        self.num_steps, self.temperature, self.init = num_steps, temperature, init
+        self.num_steps, self.temperature, self.init = num_steps, float(temperature), init
 
     def _describe(self) -> str:
         return f"num_steps={self.num_steps}, "
@@ -87,6 +87,15 @@ class DensityShortRun(ChainGuide):
         """The share of steps at which the map folds, `[B]`; 0 says that no fold was met on these chains."""
         with self._aside(), torch.no_grad():
             return self._walk(num_samples, *args, **kwargs)[2].mean(0)
+
+    def audited_log_weights(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Log-weights of chains, and the share of each one's steps at which the map folds, `[S, B]` both.
+
+        Without a warning: the numbers of a chain that folds are no importance weight, and the caller is to say so.
+        """
+        with self._aside(), torch.no_grad():
+            u, log_q, folded = self._walk(num_samples, *args, **kwargs)
+            return self.space(*args, **kwargs).log_joint(u, *args, **kwargs) - log_q, folded
 
     def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():

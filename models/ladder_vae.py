@@ -90,11 +90,12 @@ class LadderVAE(Decoded):
         if x is None and size is None:
             raise ValueError("call the model with data x, or with size=n to generate")
         with pyro.plate("data", len(x) if x is not None else size):
-            z = [self.draw(level) for level in reversed(range(len(self.sizes)))]
-            # The particle plate of Pyro puts its dim before some groups only when they come from a guide.
-            lead = torch.broadcast_shapes(*(group.shape[:-1] for group in z))
-            parameters = self._decode(torch.cat([group.expand(*lead, -1) for group in z], -1))
-            return self.observe(parameters, len(lead), x)
+            z = self.latents()
+            return self.observe(self._decode(z), z.dim() - 1, x)
+
+    def latents(self) -> Tensor:
+        """The sites of all groups, drawn deepest first, as one tensor `[*lead, D]`."""
+        return self._joined([self.draw(level) for level in reversed(range(len(self.sizes)))])
 
     def draw(self, level: int) -> Tensor:
         """The site of a group."""
@@ -104,6 +105,11 @@ class LadderVAE(Decoded):
     def mean(self, z: Tensor) -> Tensor:
         """E[x | z], `[..., D] -> [..., *event]`, deepest group first in z."""
         return self.expected(self._decode(z))
+
+    def _joined(self, z: list[Tensor]) -> Tensor:
+        # The particle plate of Pyro puts its dim before some groups only when they come from a guide.
+        lead = torch.broadcast_shapes(*(group.shape[:-1] for group in z))
+        return torch.cat([group.expand(*lead, -1) for group in z], -1)
 
     def _decode(self, z: Tensor) -> Tensor:
         fade = torch.cat([self.fade[level].expand(self.sizes[level]) for level in reversed(range(len(self.sizes)))])

@@ -11,9 +11,15 @@ __all__ = ["GuideTraits", "LossTraits", "ModelTraits", "compatible", "require_co
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """latents: what kind of latent variables remain for a guide."""
+    """What a model has.
 
-    latents: Literal["continuous", "discrete", "mixed", "none"] = "continuous"
+    Attributes:
+        latents: what kind of latent variables remain for a guide; "diffusion", a chain whose posterior is known.
+        tilted: its prior has a factor whose normaliser depends on parameters (`models.tilted`).
+    """
+
+    latents: Literal["continuous", "discrete", "mixed", "diffusion", "none"] = "continuous"
+    tilted: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,11 @@ class GuideTraits:
         gaussian_base: it is a Gaussian, or a flow from one.
         stratified: offers weighted draws (`Guide.stratified`).
         stages: is built up in stages, each with an objective of its own (`RecursiveMixture.stages`).
+        charts: encodes a datum in every chart of an atlas (`Charts`).
         trainable: can be trained itself.
         latents: the latents it can treat.
         trained_by: the only loss that trains all of it, where that is one of Pyro's own.
+        needs_posterior: is made of the model's own `posterior`.
         name: as messages and tables write it.
     """
 
@@ -42,22 +50,33 @@ class GuideTraits:
     gaussian_base: bool = False
     stratified: bool = False
     stages: bool = False
+    charts: bool = False
     trainable: bool = True
     trained_by: str = ""
+    needs_posterior: bool = False
     latents: tuple[str, ...] = ("continuous",)
 
 
 @dataclass(frozen=True)
 class LossTraits:
-    """What a loss needs of its guide."""
+    """What a loss needs of its guide, and of its model.
+
+    Attributes:
+        needs_density: whether the guide must have a density (True) or must have none (False); None takes both.
+        diffusion: it takes single steps of a diffusion's chain.
+        negative_phase: it adds the gradient of a tilted prior's log Z, and needs one.
+    """
 
     name: str
-    needs_density: bool = True
+    needs_density: bool | None = True
     needs_marginal: bool = False
     needs_reparameterised: bool = False
     needs_stratified: bool = False
     needs_stages: bool = False
+    needs_charts: bool = False
     needs_gaussian_base: bool = False
+    diffusion: bool = False
+    negative_phase: bool = False
 
 
 def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | None:
@@ -76,8 +95,31 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
     t: LossTraits | None = getattr(loss() if isinstance(loss, partial) else loss, "traits", None)
     if m and g and m.latents == "none":
         return f"the model has no latents, so {g.name} has nothing to infer: train it with guide=models.no_latents"
+    if m and g and m.latents == "diffusion" and "diffusion" not in g.latents:
+        return (
+            f"the posterior of a diffusion's latents is known and has no parameters, so {g.name} has nothing to infer: "
+            "train it with guides.ForwardProcess(model)"
+        )
     if m and g and m.latents not in g.latents:
         return f"{g.name} treats {' and '.join(g.latents)} latents, but the model's are {m.latents}"
+    if t and (m or g):
+        diffusion = m.latents == "diffusion" if m else g is not None and "diffusion" in g.latents
+        if diffusion and not t.diffusion:
+            return f"{t.name} takes no single steps of a diffusion's chain: train it with losses.DiffusionELBO()"
+        if t.diffusion and not diffusion:
+            return f"{t.name} is for models.Diffusion alone: use losses.ELBO()"
+    if m and t and m.tilted and not t.negative_phase:
+        return (
+            f"the model's prior is tilted by an energy, and the gradient of {t.name} would leave out that of its "
+            "log Z: train it with losses.EnergyELBO()"
+        )
+    if m and t and t.negative_phase and not m.tilted:
+        return f"{t.name} draws from a tilted prior, which this model does not have: train it with losses.ELBO()"
+    if g and g.needs_posterior and model is not None and not hasattr(model, "posterior"):
+        return (
+            f"{g.name} draws from model.posterior(x), which this model does not define (PPCA and PiecewiseAffineVAE "
+            "do): take guides.Laplace, or guides.Amortized"
+        )
     if not (g and t):
         return None
     if not g.trainable:
@@ -86,7 +128,7 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return f"{t.name} would leave a part of {g.name} as it is: train it with {g.trained_by}"
     if t.needs_density and not g.has_density:
         return f"{g.name} has draws but no density, which {t.name} needs: train it with losses.ExpectedLogJoint()"
-    if not t.needs_density and g.has_density:
+    if t.needs_density is False and g.has_density:
         return f"{t.name} ignores the density that {g.name} has: train it with losses.ELBO()"
     if t.needs_marginal and not g.marginal:
         return (
@@ -102,6 +144,8 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return f"{g.name} offers no stratified draws, which {t.name} needs: use losses.ELBO()"
     if t.needs_stages and not g.stages:
         return f"{g.name} is not built up in stages, which the recursive {t.name} needs: use losses.ELBO()"
+    if t.needs_charts and not g.charts:
+        return f"{g.name} has no charts, which {t.name} compares: take guides.Charts, or losses.ELBO()"
     if t.needs_gaussian_base and not g.gaussian_base:
         return (
             f"{g.name} has no Gaussian of each datum, which {t.name} compares: take guides.Amortized with a Gaussian "

@@ -2,7 +2,8 @@
 
 `anneal(beta)` multiplies by beta everything in the guide and every unobserved site of the model. Scaling one side
 only is silently wrong: `TraceMeanField_ELBO` looks at the guide's scale alone, `Trace_ELBO` needs both, and a packed
-guide has its entropy in an auxiliary site and a factor that a scale around the named site misses.
+guide has its entropy in an auxiliary site and a factor that a scale around the named site misses. A factor of the
+prior counts as unobserved where it is written as `prior_factor`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import pyro
 from pyro import poutine
 from pyro.distributions import Unit
+from torch import Tensor
 
-__all__ = ["ExponentialSchedule", "KLSchedule", "LinearSchedule", "anneal", "kl_weight"]
+__all__ = ["ExponentialSchedule", "KLSchedule", "LinearSchedule", "anneal", "kl_weight", "prior_factor"]
 
 _weights: list[float] = []
 
@@ -26,6 +29,14 @@ def kl_weight() -> float:
     for weight in _weights:
         product *= weight
     return product
+
+
+def prior_factor(name: str, log_factor: Tensor) -> None:
+    """`pyro.factor` of a prior: the KL weight multiplies it as it does the latents' own densities.
+
+    A plain `pyro.factor` in a model counts as likelihood, which keeps its weight.
+    """
+    pyro.factor(name, kl_weight() * log_factor)
 
 
 class anneal(poutine.messenger.Messenger):

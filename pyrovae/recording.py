@@ -27,7 +27,7 @@ from pyrovae.batching import RowArguments
 from pyrovae.latents import LogJoint
 from pyrovae.runtime import modules_of, preserve_rng
 
-__all__ = ["Recording", "Replay", "record", "recorded"]
+__all__ = ["Recording", "Replay", "record", "recorded", "same_draws"]
 
 
 _aten = torch.ops.aten
@@ -37,7 +37,7 @@ _ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default
 
 # torch keeps the source of every graph for tracebacks, for ever: 20 kB a recording.
 _SOURCES: dict[str, str] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
-_CACHED = 8  # recordings kept for one latent space: one for each shape of batch in use
+_CACHED = 64  # recordings kept for one latent space: one for each shape of batch in use, sentences of every length too
 
 
 class Recording:
@@ -253,11 +253,28 @@ def _same_gradient(at: Callable[[Tensor], tuple[Tensor, ...]], bound: LogJoint, 
     return True
 
 
-def _reseed(u: Tensor) -> None:
-    """`torch.manual_seed(0)` of the device at hand alone: in full it costs as much as a small model."""
-    torch.default_generator.manual_seed(0)
+def same_draws(density: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The density of one program out of those that draw (dropout): the same draws at every point.
+
+    Torch's random state is neither moved nor read again: a program that draws nothing gives what it gave before.
+    """
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    seed = int(torch.randint(2**62, (), generator=generator))
+
+    def evaluate(u: Tensor, beta: float = 1.0) -> Tensor:
+        with preserve_rng():
+            _reseed(u, seed)
+            return density(u, beta)
+
+    return evaluate
+
+
+def _reseed(u: Tensor, seed: int = 0) -> None:
+    """`torch.manual_seed` of the device at hand alone: in full it costs as much as a small model."""
+    torch.default_generator.manual_seed(seed)
     if u.is_cuda:
-        torch.cuda.manual_seed(0)
+        torch.cuda.manual_seed(seed)
 
 
 class _Parameters(Messenger):

@@ -1,7 +1,8 @@
-"""Training that goes through stages: blocks of parameters that take turns, latent groups that come in one by one."""
+"""Training in stages: parameters that take turns, latent groups that come in one by one, chains that warm up."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from pyrovae.compat import require_compatible
 from pyrovae.errors import DataError, IncompatibleError
 from pyrovae.losses.recursive import RecursiveELBO
 
-__all__ = ["AggressiveEncoder", "Block", "Blocks", "DeepFirst", "RecursiveSchedule", "Schedule"]
+__all__ = ["AggressiveEncoder", "Block", "Blocks", "DeepFirst", "RecursiveSchedule", "RisingTemperature", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,67 @@ class DeepFirst(Schedule):
         with torch.no_grad():
             fade.copy_(torch.tensor(self.shares(step, len(fade)), dtype=fade.dtype))
         yield Block(loss, frozenset(), others=True)
+
+
+@dataclass(frozen=True)
+class RisingTemperature(Schedule):
+    """The noise of a short run's chains rises to the guide's own (Pang, Nijkamp, Han & Wu 2021).
+
+    With T the guide's temperature, epoch e (from 1) trains at
+
+        min(T, first + rise max(0, e - hold))
+
+    while held-out data, and whatever comes after training, always see T: epochs are judged by the same inference. The
+    defaults with T = 0.2 are the published ones for text. For `fit(..., schedule=RisingTemperature(...))` with a
+    Langevin `ShortRun` or a `DensityShortRun`.
+
+    Args:
+        epoch: steps of an epoch, `ceil(N / batch_size)`.
+        hold: epochs at `first`.
+        first: temperature of the beginning, at most the guide's.
+        rise: what every later epoch adds, until the guide's is reached.
+    """
+
+    epoch: int
+    hold: int = 15
+    first: float = 0.05
+    rise: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.epoch < 1 or self.hold < 0:
+            raise ValueError(f"an epoch has at least 1 step, hold at least 0 epochs, got {self.epoch} and {self.hold}")
+        if self.first < 0 or not self.rise > 0:
+            raise ValueError(f"first must not be negative and rise be positive, got {self.first:g} and {self.rise:g}")
+
+    def require(self, guide: Any, loss: Any) -> None:
+        temperature = getattr(guide, "temperature", None)
+        if not isinstance(temperature, float) or getattr(guide, "kernel", "langevin") != "langevin":
+            raise IncompatibleError(
+                "RisingTemperature raises the noise of Langevin chains: take guides.ShortRun with kernel='langevin', "
+                "or guides.DensityShortRun"
+            )
+        if temperature < self.first:
+            raise IncompatibleError(
+                f"RisingTemperature starts at {self.first:g}, above the guide's temperature of {temperature:g}: "
+                "build the guide with the temperature of the end (published: 0.2), or pass a smaller first"
+            )
+
+    def at(self, step: int, last: float) -> float:
+        """Temperature of a training step."""
+        later = max(0, step // self.epoch + 1 - self.hold)
+        return min(last, self.first + self.rise * later)
+
+    def settled(self, guide: Any) -> int:
+        rises = math.ceil((guide.temperature - self.first) / self.rise - 1e-9)  # 0.15 / 0.05 is a bit more than 3
+        return self.epoch * max(0, self.hold + rises - 1) if rises > 0 else 0
+
+    def blocks(self, guide: Any, loss: Any, step: int) -> Blocks:
+        own = guide.temperature
+        guide.temperature = self.at(step, own)
+        try:
+            yield Block(loss, frozenset(), others=True)
+        finally:  # an update that fails leaves the guide as it was, too
+            guide.temperature = own
 
 
 @dataclass

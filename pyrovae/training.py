@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -29,6 +29,7 @@ from pyrovae import handlers, losses, noise, store
 from pyrovae.compat import require_compatible
 from pyrovae.diverged import diagnose_nan
 from pyrovae.errors import CheckpointError, ParameterCollision, PlateError, TrainingDiverged
+from pyrovae.losses.default import default_loss
 from pyrovae.minibatches import Rows
 from pyrovae.optim import Adam
 from pyrovae.plates import read_plate
@@ -172,6 +173,11 @@ def fit(
         batch_size = len(rows) if getattr(guide, "plate", "data") is None else 128
     loss = default_loss(guide) if loss is None else loss
     require_compatible(model, guide, loss)
+    if patience is not None and getattr(getattr(loss, "traits", None), "negative_phase", False):
+        raise ValueError(
+            "held-out numbers of a tilted prior lack log Z, which moves with training: the best of them is not the "
+            "best model, so leave patience out"
+        )
     if schedule is not None:
         schedule.require(guide, loss)
         schedule.start(None if held_out is None else held_out.tensors)
@@ -214,18 +220,6 @@ def fit(
     )  # fmt: skip
 
 
-def default_loss(guide: Any) -> Any:
-    """The loss `fit` takes for a guide: ELBO, stratified or recursive for mixtures, E_q log p without a density."""
-    traits = getattr(guide, "traits", None)
-    if traits is None:
-        return Trace_ELBO()
-    if not traits.has_density:
-        return losses.ExpectedLogJoint()
-    if traits.stages:
-        return losses.RecursiveELBO()
-    return losses.ELBO() if traits.reparameterised else losses.ELBO("stratified")
-
-
 class _Run:
     """One training run inside its own store."""
 
@@ -249,6 +243,8 @@ class _Run:
     @property
     def objective(self) -> str:
         """The name of what is maximised; a guide without density never has an ELBO."""
+        if hasattr(self.loss, "name_with"):
+            return str(self.loss.name_with(self.guide))
         traits = getattr(self.guide, "traits", None)
         if traits is not None and not traits.has_density:
             return losses.ExpectedLogJoint.traits.name

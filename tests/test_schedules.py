@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pyrovae.errors import DataError, IncompatibleError
 from pyrovae.models import PPCA, VAE, LadderVAE, LanguageModel, PixelModel, TextVAE, no_latents
 from pyrovae.nets import MLP, LadderDecoder, LadderEncoder, LinearHeadDecoder, LSTMDecoder, LSTMEncoder, PixelCNN
 from pyrovae.optim import Adam
-from pyrovae.schedules import AggressiveEncoder, DeepFirst
+from pyrovae.schedules import AggressiveEncoder, DeepFirst, RisingTemperature
 
 
 def toy(rows=200, seed=0, latent_dim=1, dtype=torch.float64):
@@ -152,6 +153,84 @@ def test_a_ladder_that_stays_unfinished_warns():
     model, guide, x = ladder()
     with pytest.warns(UserWarning, match="takes 50 steps but training stops at step 12"):
         fit(model, guide, x, schedule=DeepFirst(stage=20, fade=10), max_steps=12, batch_size=10, progress=False)
+
+
+class Watched(guides.ShortRun):
+    """A short run that notes its temperature in training, and elsewhere."""
+
+    def _draws(self, *args, **kwargs):
+        self.__dict__.setdefault("seen", []).append((self.model.training, self.temperature))
+        return super()._draws(*args, **kwargs)
+
+
+def test_the_published_temperatures():
+    schedule = RisingTemperature(epoch=10)
+    by_epoch = [schedule.at(10 * epoch, 0.2) for epoch in range(20)]
+    assert by_epoch == pytest.approx([0.05] * 15 + [0.1, 0.15, 0.2, 0.2, 0.2])
+    assert schedule.at(9, 0.2) == schedule.at(149, 0.2) == 0.05
+    assert schedule.at(159, 0.2) == pytest.approx(0.1)
+    _, model, _ = toy()
+    assert schedule.settled(guides.ShortRun(model, temperature=0.2)) == 170
+    assert schedule.settled(guides.ShortRun(model, temperature=0.05)) == 0
+    assert RisingTemperature(epoch=10, hold=2, rise=0.1).settled(guides.ShortRun(model, temperature=0.2)) == 30
+
+
+def test_chains_warm_up_in_training_alone():
+    """Epoch by epoch in training; held-out data and what comes after see the guide's own temperature."""
+    x, model, _ = toy()
+    guide = Watched(model, 2, 0.1, temperature=0.2)
+    fit(model, guide, x, schedule=RisingTemperature(epoch=4, hold=2, rise=0.1), epochs=5, batch_size=50,
+        validation=x[:20], progress=False)  # fmt: skip
+    training = [temperature for flag, temperature in guide.seen if flag]
+    assert training[-20:] == pytest.approx([0.05] * 8 + [0.15] * 4 + [0.2] * 8)
+    assert {temperature for flag, temperature in guide.seen if not flag} == {0.2}
+    assert guide.temperature == 0.2
+
+
+def test_a_run_resumed_while_its_chains_warm_up_equals_an_unbroken_one(tmp_path):
+    found = []
+    for lengths in ((14,), (6, 14)):  # 6 is within the second epoch
+        path = tmp_path / f"{len(lengths)}.pt"
+        for steps in lengths:
+            x, model, _ = toy()
+            guide = guides.ShortRun(model, 3, 0.2, temperature=0.2)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*RisingTemperature.* takes 12 steps but")
+                result = fit(model, guide, x, schedule=RisingTemperature(epoch=4, hold=1), max_steps=steps,
+                             batch_size=50, checkpoint=path, progress=False)  # fmt: skip
+        found.append((result.curve, [p.detach().clone() for p in model.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    x, model, _ = toy()
+    fit(model, guides.ShortRun(model, 3, 0.2, temperature=0.2), x, max_steps=14, batch_size=50, progress=False)
+    assert not all(torch.equal(a, b) for a, b in zip(found[0][1], model.parameters(), strict=True))
+
+
+def test_an_update_that_fails_leaves_the_temperature():
+    _, model, _ = toy()
+    guide = guides.ShortRun(model, 2, temperature=0.2)
+    turns = RisingTemperature(epoch=4).blocks(guide, None, 0)
+    next(turns)
+    assert guide.temperature == 0.05
+    turns.close()
+    assert guide.temperature == 0.2
+
+
+def test_what_a_rising_temperature_is_not_for():
+    x, model, guide = toy()
+    for other, message in (
+        (guide, "Langevin chains"),
+        (guides.ShortRun(model, 2, kernel="hmc"), "Langevin chains"),
+        (guides.ShortRun(model, 2, temperature=0.01), "above the guide's temperature of 0.01"),
+    ):
+        with pytest.raises(IncompatibleError, match=message):
+            fit(model, other, x, schedule=RisingTemperature(epoch=2), max_steps=1, progress=False)
+    for options in ({"epoch": 0}, {"epoch": 2, "hold": -1}, {"epoch": 2, "first": -0.1}, {"epoch": 2, "rise": 0.0}):
+        with pytest.raises(ValueError, match=r"at least|not be negative"):
+            RisingTemperature(**options)
+    with pytest.warns(UserWarning, match="takes 6 steps but training stops at step 3"):
+        fit(model, guides.ShortRun(model, 2, temperature=0.2), x, schedule=RisingTemperature(epoch=2, hold=1),
+            max_steps=3, progress=False)  # fmt: skip
 
 
 def test_what_it_is_not_for():

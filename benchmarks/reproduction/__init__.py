@@ -3,6 +3,7 @@
 from reproduction import (
     collapse_text,
     collapse_text_ptb,
+    energy_mnist,
     gaps_mnist,
     hvae_mnist,
     infovae_mnist,
@@ -15,6 +16,9 @@ from reproduction import (
     savae_mnist,
     savae_omniglot,
     savae_omniglot_pixelcnn,
+    short_run_ladder,
+    short_run_ptb,
+    short_run_snli,
     vlac_mnist,
     vlae_mnist,
     vlae_mnist_bernoulli,
@@ -42,5 +46,9 @@ EXPERIMENTS = {
         infovae_mnist,
         collapse_text,
         collapse_text_ptb,
+        short_run_ptb,
+        short_run_snli,
+        short_run_ladder,
+        energy_mnist,
     )
 }

@@ -125,6 +125,7 @@ class Arm:
         schedule: makes the stages of training, for `fit`; None steps all at once.
         kl_epochs: instead of the preset's.
         rows: training data, instead of the preset's; for as many steps.
+        cut: from the data to those the arm is trained on, such as all but one class; every arm is judged on all.
         as_long_as: name of an arm before this one; train until as many seconds have passed as that one took, instead
             of its number of epochs.
         presets: in which the arm takes part.
@@ -139,6 +140,7 @@ class Arm:
     schedule: Callable[[Preset, Split], Schedule] | None = None
     kl_epochs: int | None = None
     rows: int | None = None
+    cut: Callable[[Split], Split] | None = None
     published: float | None = None
     as_long_as: str | None = None
     presets: tuple[str, ...] = ("quick", "paper")

@@ -104,6 +104,8 @@ def _arm(
         theirs, ours = (-(-rows // preset.batch_size) for rows in (len(split.train), arm.rows))
         preset = replace(preset, epochs=round(preset.epochs * theirs / ours))
         split = replace(split, train=split.train[: arm.rows])
+    if arm.cut is not None:
+        split = arm.cut(split)
     parts = setup(experiment, preset, split, options.seed, arm)
     with seeded(options.seed):
         guide = arm.build(parts)

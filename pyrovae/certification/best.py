@@ -4,6 +4,7 @@ r"""The best member of each family on a problem: what a guide is held against.
   (Gauss-Hermite) ELBO from many starts. On a Gaussian posterior they are closed forms: the diagonal one has the
   posterior's mean and variances 1 / diag(Lambda), the full-rank one is the posterior.
 * `laplace`: N(mode, curvature(mode)^{-1}), modes by Newton's method with the exact Hessian.
+* `posterior`: the posterior itself, for guides that are exact.
 * `averaged`: the fixed point E_q[grad log p] = 0, q's precision = E_q[curvature], expectations by quadrature.
 
 Local optima exist, and symmetric problems have several equally good members: all that are found are kept, and a guide
@@ -20,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyrovae.certification.members import Members, Mixtures, Normals
+from pyrovae.certification.members import Members, Mixtures, Normals, Posterior
 from pyrovae.certification.problems import Problem
 from pyrovae.certification.quadrature import LogDensity, gradient, hessian
 
@@ -72,7 +73,7 @@ class Best:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def _candidates(self, members: Members, settled: Tensor | bool = True) -> Candidates:
+    def _candidates(self, members: Normals | Mixtures, settled: Tensor | bool = True) -> Candidates:
         """With their ELBO; `settled [C, B]` says where a search ended at an optimum.
 
         Raises:
@@ -80,12 +81,18 @@ class Best:
         """
         joint, dim = self.problem.log_joint, self.problem.dim
         with torch.no_grad():
-            fine, finest = (members.elbo(joint, points[dim]) for points in (_FINE, _FINEST))
+            fine, finest = (members.elbo(joint, points[dim], self.problem.kinks) for points in (_FINE, _FINEST))
         resolved = torch.where((fine - finest).abs() < _RESOLVED, finest, -torch.inf)
         sound = torch.where(torch.as_tensor(settled), resolved, -torch.inf)
         if not (sound.amax(0) > resolved.amax(0) - _RESOLVED).all():
             raise ValueError(f"{self.problem!r}: the search for a best member stopped short of an optimum")
         return Candidates(members, sound)
+
+    @cached_property
+    def posterior(self) -> Candidates:
+        truth = self.problem.truth
+        itself = Posterior(*(part.unsqueeze(0) for part in truth))
+        return Candidates(itself, itself.log_evidence)
 
     @cached_property
     def diagonal(self) -> Candidates:
@@ -109,7 +116,7 @@ class Best:
         dim = self.problem.dim
         rank = math.isqrt(dim)
 
-        def member(loc: Tensor, log_sd: Tensor, rest: Tensor) -> Members:
+        def member(loc: Tensor, log_sd: Tensor, rest: Tensor) -> Normals | Mixtures:
             factor = rest.unflatten(-1, (dim, rank))
             covariance = factor @ factor.mT + (2 * log_sd[..., 0, :]).exp().diag_embed()
             return Normals(loc[..., 0, :], torch.linalg.cholesky(covariance))
@@ -120,14 +127,14 @@ class Best:
     def mixture(self) -> Candidates:
         """Two diagonal components."""
 
-        def member(loc: Tensor, log_sd: Tensor, rest: Tensor) -> Members:
+        def member(loc: Tensor, log_sd: Tensor, rest: Tensor) -> Normals | Mixtures:
             log_weights = torch.nn.functional.logsigmoid(torch.cat([rest, -rest], dim=-1))
             return Mixtures(log_weights, loc, log_sd.exp())
 
         return self._search(member, components=2, rest=1)
 
     def _search(
-        self, member: Callable[[Tensor, Tensor, Tensor], Members], *, components: int = 1, rest: int = 0
+        self, member: Callable[[Tensor, Tensor, Tensor], Normals | Mixtures], *, components: int = 1, rest: int = 0
     ) -> Candidates:
         """Local optima of the ELBO over `member(loc [C, B, M, D], log_sd [C, B, M, D], rest [C, B, R])`."""
         problem, truth = self.problem, self.problem.truth
@@ -142,16 +149,16 @@ class Best:
         log_sd = sd.log() - random(components, problem.dim).abs()
         theta = torch.cat([loc.flatten(2), log_sd.flatten(2), 0.1 * random(rest)], dim=-1)
 
-        def build(p: Tensor) -> Members:
+        def build(p: Tensor) -> Normals | Mixtures:
             size = components * problem.dim
             locs, log_sds = (p[..., i * size : (i + 1) * size].unflatten(-1, (components, -1)) for i in (0, 1))
             return member(locs, log_sds, p[..., 2 * size :])
 
         def coarse(p: Tensor) -> Tensor:
-            return build(p).elbo(problem.log_joint, _COARSE[problem.dim])
+            return build(p).elbo(problem.log_joint, _COARSE[problem.dim], problem.kinks)
 
         def fine(p: Tensor) -> Tensor:
-            return build(p).elbo(problem.log_joint, _FINE[problem.dim])
+            return build(p).elbo(problem.log_joint, _FINE[problem.dim], problem.kinks)
 
         theta = maximise(fine, maximise(coarse, theta, 500), 60)
         settled = gradient(fine, theta).abs().amax(-1) < _FLAT
@@ -197,9 +204,9 @@ class Best:
         q = self.laplace.members
         assert isinstance(q, Normals)
         for _ in range(500):
-            u, weights = q.nodes(_FINE[problem.dim])
-            slope = torch.einsum("g,gcbd->cbd", weights, gradient(problem.log_joint, u))
-            precision = torch.einsum("g,gcbde->cbde", weights, problem.curvature(u))
+            u, weights = q.nodes(_FINE[problem.dim], problem.kinks)
+            slope = (weights.unsqueeze(-1) * gradient(problem.log_joint, u)).sum(0)
+            precision = (weights[..., None, None] * problem.curvature(u)).sum(0)
             old = q.moments()
             step = torch.linalg.solve(precision, slope)
             covariance = 0.5 * (old[1] + torch.linalg.inv(precision))

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from pyrovae import flows, guides
 from pyrovae.certification.best import Best
 from pyrovae.certification.problems import Problem
+from pyrovae.errors import IncompatibleError
 from pyrovae.families import Family, get_family
+from pyrovae.guides.exact import Exact
 
 __all__ = [
-    "Lookup", "NotCertified", "amortized", "boosted", "dais", "density_short_run", "escalating", "flow", "hvae",
-    "laplace", "local", "mixture", "recursive", "refined", "short_run", "unaided", "wide_start",
+    "Lookup", "NotCertified", "amortized", "boosted", "dais", "density_short_run", "escalating", "exact", "flow",
+    "hvae", "laplace", "local", "mixture", "recursive", "refined", "short_run", "unaided", "wide_start",
 ]  # fmt: skip
 
 _DRAWS = 128  # per inner gradient of a refinement that is trained
@@ -156,6 +158,13 @@ def escalating(best: Best) -> guides.Escalating:
     lam[:, : problem.dim] += 6 * problem.truth.sd
     far = guides.Amortized(problem.model, Lookup(problem.x, lam))
     return guides.Escalating([far, local(best, "diagonal"), local(best, "full-rank")])
+
+
+def exact(best: Best) -> Exact:
+    try:
+        return Exact(best.problem.model)
+    except IncompatibleError as error:  # few models know their posterior
+        raise NotCertified(str(error)) from error
 
 
 def density_short_run(best: Best, num_steps: int) -> guides.DensityShortRun:

@@ -2,8 +2,8 @@ r"""Gaussians and their mixtures as plain tensors: what the best members of the 
 
     ELBO(q) = E_q[log p(x, u)] + H(q),   mixtures: sum_m w_m E_{N_m}[log p(x, u) - log q(u)]
 
-Expectations are Gauss-Hermite sums: no draw is made, and no guide, family or Pyro program is run. C candidates are kept
-for each of B data.
+Expectations are Gauss-Hermite sums (Gauss-Legendre between the kinks of a log-joint that has them): no draw is made,
+and no guide, family or Pyro program is run. C candidates are kept for each of B data.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.certification.quadrature import LogDensity, gauss_hermite
+from pyrovae.certification.quadrature import LogDensity, gauss_hermite, panels
 
-__all__ = ["Members", "Mixtures", "Normals"]
+__all__ = ["Members", "Mixtures", "Normals", "Posterior"]
+
+_REACH = 9.0  # standard deviations that panels cover
 
 
 class Normals(NamedTuple):
@@ -33,16 +35,16 @@ class Normals(NamedTuple):
         """Mean `[C, B, D]` and covariance `[C, B, D, D]`."""
         return self.loc, self.tril @ self.tril.mT
 
-    def nodes(self, points: int) -> tuple[Tensor, Tensor]:
-        """Gauss-Hermite nodes `[G, C, B, D]` and weights `[G]`."""
-        x, weights = gauss_hermite(points, self.loc.shape[-1])
-        return self.loc + torch.einsum("cbij,gj->gcbi", self.tril, x), weights
+    def nodes(self, points: int, kinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nodes `[G, C, B, D]` and weights `[G, C, B]`, exact for functions that are smooth but for `kinks: [K]`."""
+        x, weights = _standard(points, self.loc, self.tril[..., 0], kinks)
+        return self.loc + (self.tril @ x.unsqueeze(-1)).squeeze(-1), weights
 
-    def elbo(self, log_joint: LogDensity, points: int) -> Tensor:
+    def elbo(self, log_joint: LogDensity, points: int, kinks: Tensor | None = None) -> Tensor:
         """`[C, B]`, nats."""
-        u, weights = self.nodes(points)
+        u, weights = self.nodes(points, kinks)
         entropy = self._log_det() + 0.5 * u.shape[-1] * math.log(2 * math.pi * math.e)
-        return torch.einsum("g,gcb->cb", weights, log_joint(u)) + entropy
+        return (weights * log_joint(u)).sum(0) + entropy
 
     def log_weights(self, log_joint: LogDensity, number: int, seed: int) -> Tensor:
         """log p(x, u_s) - log q(u_s) at plain draws, `[S, C, B]`."""
@@ -81,12 +83,13 @@ class Mixtures(NamedTuple):
         z = (u.unsqueeze(-2) - self.locs) / self.scales
         return torch.logsumexp(constant - 0.5 * z.square().sum(-1), -1)
 
-    def elbo(self, log_joint: LogDensity, points: int) -> Tensor:
+    def elbo(self, log_joint: LogDensity, points: int, kinks: Tensor | None = None) -> Tensor:
         """`[C, B]`, nats."""
-        x, weights = gauss_hermite(points, self.locs.shape[-1])
-        u = (self.locs + self.scales * x[:, None, None, None]).movedim(3, 1)  # [G, M, C, B, D]
+        locs, scales = self.locs.movedim(2, 0), self.scales.movedim(2, 0)  # [M, C, B, D]
+        x, weights = _standard(points, locs, scales, kinks)
+        u = locs + scales * x  # [G, M, C, B, D]
         values = log_joint(u) - self.log_prob(u)
-        return torch.einsum("g,cbm,gmcb->cb", weights, self.log_weights_.exp(), values)
+        return (self.log_weights_.exp().movedim(2, 0) * weights * values).sum((0, 1))
 
     def log_weights(self, log_joint: LogDensity, number: int, seed: int) -> Tensor:
         """log p(x, u_s) - log q(u_s) at plain draws, `[S, C, B]`."""
@@ -103,7 +106,41 @@ class Mixtures(NamedTuple):
         return log_joint(u) - self.log_prob(u)
 
 
-Members = Normals | Mixtures
+class Posterior(NamedTuple):
+    """The posterior itself: `mean [C, B, D]`, `covariance [C, B, D, D]`, `log_evidence [C, B]`."""
+
+    mean: Tensor
+    covariance: Tensor
+    log_evidence: Tensor
+
+    def pick(self, index: Tensor) -> Posterior:
+        """Candidate `index: [B]` of every datum, alone."""
+        return Posterior(*(_pick(part, index) for part in self))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean `[C, B, D]` and covariance `[C, B, D, D]`."""
+        return self.mean, self.covariance
+
+    def log_weights(self, log_joint: LogDensity, number: int, seed: int) -> Tensor:
+        """log p(x) at every draw, `[S, C, B]`."""
+        return self.log_evidence.expand(number, -1, -1)
+
+
+Members = Normals | Mixtures | Posterior
+
+
+def _standard(points: int, loc: Tensor, scale: Tensor, kinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Nodes `[G, ..., D]` and weights `[G, ...]` for standard normals; `scale` and `loc`, `[..., D]`, make them u."""
+    dim = loc.shape[-1]
+    if kinks is None:
+        x, weights = gauss_hermite(points, dim)
+        shape = (-1, *[1] * (loc.dim() - 1))
+        return x.view(*shape, dim), weights.view(shape)
+    with torch.no_grad():  # nodes are where they are: the gradient of the sum is the sum of the gradients
+        at = ((kinks.view(-1, *[1] * (loc.dim() - 1)) - loc[..., 0]) / scale[..., 0]).clamp(-_REACH, _REACH)
+        ends = torch.full_like(at[:1], _REACH)
+        x, weights = panels(torch.cat([-ends, at, ends]), points)
+        return x.unsqueeze(-1), weights * (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
 
 
 def _pick(part: Tensor, index: Tensor) -> Tensor:

@@ -23,11 +23,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.certification.quadrature import Moments, gaussian_moments, grid_moments
+from pyrovae.certification.quadrature import Moments, gaussian_moments, grid_moments, panel_moments
 from pyrovae.models import PPCA
+from pyrovae.models.piecewise_affine_vae import PiecewiseAffineVAE
 
 __all__ = [
-    "PROBLEMS", "SCHOOLS", "Banana", "Bimodal", "Correlated", "GammaScale", "Logistic", "Pca", "Problem", "banana",
+    "PROBLEMS", "SCHOOLS", "Banana", "Bimodal", "Correlated", "GammaScale", "Logistic", "Pca", "PiecewiseAffine",
+    "Problem", "banana",
     "bimodal", "correlated", "eight_schools", "gamma_normal", "gamma_scale", "logistic", "ppca", "subsampled",
 ]  # fmt: skip
 
@@ -136,6 +138,7 @@ class Problem(ABC):
         dim: D.
         gaussian: the posterior is a Gaussian.
         start: `[B, D]`, where searches and training begin.
+        kinks: `[K]`, ascending, where the log-joint of one latent is not smooth; None where it is.
         bound: half the width of the box `[-bound, bound]^D` outside which posterior and prior have no mass to speak of.
     """
 
@@ -146,6 +149,7 @@ class Problem(ABC):
     dim: int = 2
     gaussian = False
     bound = 9.0
+    kinks: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(B = {len(self.x)}, D = {self.dim})"
@@ -175,6 +179,9 @@ class Problem(ABC):
         """Posterior mean `[B, D]`, covariance `[B, D, D]` and log evidence `[B]`."""
         if self.gaussian:
             return gaussian_moments(self.log_joint, self.curvature, self.start)
+        if self.kinks is not None:
+            ends = torch.tensor([self.bound]).double()
+            return panel_moments(self.log_joint, torch.cat([-ends, self.kinks, ends]), len(self.x))
         return grid_moments(self.log_joint, self.bound, len(self.x), self.dim)
 
 
@@ -303,6 +310,42 @@ class Logistic(Problem):
         return 0.25 * torch.eye(2).double() + torch.einsum("ji,...j,jk->...ik", self.design, p * (1 - p), self.design)
 
 
+class PiecewiseAffine(Problem):
+    """Units are positive where w z + v > 0; the slope of the decoder is W_2 (q * w), q = 1 there and 0.1 elsewhere."""
+
+    name = "piecewise-affine"
+    about = "A leaky-ReLU net of one latent, 8 units, 2 pixels: a posterior with kinks, for one datum far out two modes"
+    dim = 1
+
+    def __init__(self) -> None:
+        self.weight, self.bias = torch.tensor([
+            [0.4, -0.2, -0.3, -1.2, 1.0, -0.6, 0.6, 0.5], [-0.4, -1.0, 1.3, 0.7, -1.3, -1.2, -0.1, -0.9]
+        ]).double()  # fmt: skip
+        self.output, self.offset = torch.tensor([
+            [-2.1, 0.4, 1.2, 0.5, 0.6, -1.5, 1.8, 0.7], [1.1, 0.5, -1.2, 0.1, 1.5, 0.5, 0.3, 1.4]
+        ]).double(), torch.tensor([-0.8, -0.3]).double()  # fmt: skip
+        self.noise = 0.5
+        self.x = torch.tensor([[1.3, -2.3], [1.1, -2.9], [3.9, -1.1]]).double()
+        self.kinks = (-self.bias / self.weight).sort().values
+        model = PiecewiseAffineVAE([1, 8, 2], leak=0.1).double().requires_grad_(False)
+        layers = (self.weight.unsqueeze(-1), self.bias), (self.output, self.offset)
+        model.set_layers_and_noise(layers, torch.tensor(self.noise).double())
+        self.model = model
+
+    def log_prior(self, u: Tensor) -> Tensor:
+        return _normal(u, 0.0, 1.0).sum(-1)
+
+    def log_likelihood(self, u: Tensor) -> Tensor:
+        hidden = u * self.weight + self.bias
+        mean = torch.maximum(hidden, 0.1 * hidden) @ self.output.T + self.offset
+        return _normal(self.x, mean, self.noise).sum(-1)
+
+    def curvature(self, u: Tensor) -> Tensor:
+        share = 0.1 + 0.9 * (u * self.weight + self.bias > 0).double()
+        slope = (share * self.weight) @ self.output.T
+        return (1 + slope.square().sum(-1) / self.noise**2)[..., None, None]
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    problem.name: problem for problem in (Pca, Correlated, Bimodal, Banana, GammaScale, Logistic)
+    problem.name: problem for problem in (Pca, Correlated, Bimodal, Banana, GammaScale, Logistic, PiecewiseAffine)
 }

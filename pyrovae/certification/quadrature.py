@@ -4,6 +4,8 @@ Both are exact to rounding for what they are used on here, and say so where they
 
     int f(u) du          trapezoid on a box outside which f vanishes: exponentially exact for smooth f
     E_N(m, C)[f(u)]      sum_g w_g f(m + chol(C) x_g), product Gauss-Hermite nodes x_g
+
+Where a function of one variable has kinks at known places, both become Gauss-Legendre rules on the panels between.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LogDensity", "Moments", "gauss_hermite", "gaussian_moments", "gradient", "grid_moments", "hessian"]
+__all__ = [
+    "LogDensity", "Moments", "gauss_hermite", "gaussian_moments", "gradient", "grid_moments", "hessian",
+    "panel_moments", "panels",
+]  # fmt: skip
 
 LogDensity = Callable[[Tensor], Tensor]  # [..., B, D] -> [..., B]
 
@@ -46,6 +51,25 @@ def gauss_hermite(points: int, dim: int) -> tuple[Tensor, Tensor]:
     weights = weights / weights.sum()
     index = torch.cartesian_prod(*[torch.arange(points)] * dim).reshape(-1, dim)
     return nodes[index], weights[index].prod(-1)
+
+
+def panels(edges: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights on the panels between ascending `edges: [K, ...]`, `[(K - 1) * points, ...]`."""
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(points))
+    shape = (-1, *[1] * edges.dim())
+    low, half = edges[:-1], 0.5 * edges.diff(dim=0)
+    return (low + half * (1 + nodes.view(shape))).flatten(0, 1), (half * weights.view(shape)).flatten(0, 1)
+
+
+def panel_moments(log_joint: LogDensity, edges: Tensor, rows: int, points: int = 400) -> Moments:
+    """Moments of every datum's posterior over one latent, smooth between `edges: [K]` and without mass outside them."""
+    u, weights = panels(edges, points)
+    values = log_joint(u[:, None, None].expand(-1, rows, 1)) + weights.log()[:, None]
+    total = torch.logsumexp(values, 0)
+    share = (values - total).exp()
+    mean = share.T @ u
+    variance = (share * (u[:, None] - mean) ** 2).sum(0)
+    return Moments(mean[:, None], variance[:, None, None], total)
 
 
 def gradient(log_density: LogDensity, u: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pyrovae.certification.builders import (
     dais,
     density_short_run,
     escalating,
+    exact,
     flow,
     hvae,
     laplace,
@@ -209,4 +210,5 @@ RECIPES: dict[str, Recipe] = {
         lambda best: short_run(best, CHAIN, num_leapfrog=LEAPFROG), lambda best: _law(best, num_leapfrog=LEAPFROG),
         f"the law of {CHAIN} HMC trajectories from the prior", rule=SEARCHED,
     ),
+    "exact": Recipe(exact, attrgetter("posterior"), "the posterior", rule=SEARCHED, calls=1),
 }  # fmt: skip

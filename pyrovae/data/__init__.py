@@ -1,10 +1,11 @@
 """Data sets: small images with their binarisation and preprocessing written on them, and text."""
 
 from pyrovae.data.images import BINARIZATIONS, ImageData, binarize, load
+from pyrovae.data.manifolds import manifold
 from pyrovae.data.preprocessing import PREPROCESSINGS
 from pyrovae.data.text import Sentences, TextData, Vocabulary, load_text
 
 __all__ = [
     "BINARIZATIONS", "PREPROCESSINGS", "ImageData", "Sentences", "TextData", "Vocabulary", "binarize", "load",
-    "load_text",
+    "load_text", "manifold",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ from pyrovae.chunks import per_chunk
 from pyrovae.diagnose.group_information import drawn_posterior, marginal_log_prob
 from pyrovae.errors import IncompatibleError, ScaleError
 from pyrovae.evidence import Estimate
-from pyrovae.evidence.estimate import NO_BOUND, UPPER
+from pyrovae.evidence.estimate import NO_BOUND, UPPER, kind_of
 from pyrovae.joint import AtLatents, Structure, hidden_samples
 from pyrovae.latents import LatentSpace, LogJoint
 from pyrovae.losses.base import require_pair
@@ -82,7 +82,8 @@ def anomaly(
     if score in ("evidence", "elbo"):
         bound = evidence.iwae if score == "evidence" else evidence.elbo
         found = bound(model, guide, *args, num_samples=num_samples, **options, **kwargs)
-        return Estimate(f"-{found.name}", UPPER, -found.values, found.se, num_samples, found.provenance)
+        kind = kind_of(model, UPPER)
+        return Estimate(f"-{found.name}", kind, -found.values, found.se, num_samples, found.provenance)
     if score != "layer-ratio":
         raise ValueError(f"score must be 'evidence', 'elbo' or 'layer-ratio', got {score!r}")
     require_pair(model, guide, None)

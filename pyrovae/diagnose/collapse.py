@@ -9,7 +9,8 @@ With :math:`q(u) = \frac1N \sum_n q(u \mid x_n)` over the N data given,
 I is the information that q carries about *which of these N data* it was given: it cannot exceed :math:`\log N`, so a
 value near that says that N is too small, not how much the latents know. A latent is *active* where the variance over
 data of its posterior mean passes 0.01 (Burda, Grosse & Salakhutdinov 2016); the Monte Carlo part of that variance is
-taken out.
+taken out. Active latents and the reconstruction :math:`\mathbb{E}_{q(u|x_n)} \log p(x_n \mid u)` take draws alone, so
+`active_units` has them for guides without a density, too.
 
 Sources: Hoffman & Johnson, ELBO surgery (2016), for the decomposition.
 """
@@ -25,12 +26,12 @@ import torch
 from torch import Tensor
 
 from pyrovae.chunks import per_chunk
-from pyrovae.errors import NoDensityError
+from pyrovae.errors import IncompatibleError, NoDensityError
 from pyrovae.losses.base import require_pair
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.store import isolated
 
-__all__ = ["Information", "information", "mutual_information"]
+__all__ = ["ActiveUnits", "Information", "active_units", "information", "mutual_information"]
 
 ACTIVE = 0.01
 _BLOCK = 2_000_000  # densities evaluated at once
@@ -73,6 +74,76 @@ class Information:
         )
 
 
+@dataclass(frozen=True)
+class ActiveUnits:
+    """What draws alone say of a guide's posteriors.
+
+    Attributes:
+        mean: `[N, D]`, posterior means in unconstrained coordinates, the average over draws.
+        mean_variance: `[D]`, their variance over data, its Monte Carlo part taken out.
+        reconstruction: `[N]`, E_q log p(x | z) in nats (a model's `pyro.factor`s counted); not a bound of log p(x).
+        num_samples: draws per datum.
+    """
+
+    mean: Tensor
+    mean_variance: Tensor
+    reconstruction: Tensor
+    num_samples: int
+
+    @property
+    def active(self) -> Tensor:
+        """`[D]`: latents whose posterior mean moves with the data; of one datum, none."""
+        return self.mean_variance > ACTIVE
+
+    def __repr__(self) -> str:
+        n, dim = self.mean.shape
+        units = f"{int(self.active.sum())} of {dim}" if n > 1 else "unknown from one datum"
+        return (
+            f"ActiveUnits: {units}; E log p(x | z) {float(self.reconstruction.mean()):.2f} nats per datum ({n} data, "
+            f"{self.num_samples} draws of each)"
+        )
+
+
+def active_units(
+    model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 50, seed: int = 0, chunk: int = 256,
+    **kwargs: Any,
+) -> ActiveUnits:  # fmt: skip
+    """Active units, posterior means and reconstruction of any guide, one without a density included.
+
+    Args:
+        num_samples: S draws (chains) per datum, at least 10. They leave noise of about `Var[u | x] / S sqrt(2 / N)` in
+            a variance that is held against 0.01.
+        seed, chunk: as in `evidence.log_weights`.
+
+    Raises:
+        IncompatibleError: no guide of this package, or one of another model.
+    """
+    require_pair(model, guide, None)
+    if not hasattr(guide, "draws"):
+        raise IncompatibleError(f"active_units takes draws of one of pyrovae.guides, got {type(guide).__name__}")
+    if num_samples < 10:
+        raise ValueError(f"a posterior mean is the average of at least 10 draws, got num_samples={num_samples}")
+
+    def measure(*some: Any, **named: Any) -> Tensor:
+        """Draws and, as one more latent, log p(x | z) there, `[S, b, D + 1]`."""
+        with guide._aside():
+            u = guide._draws(num_samples, *some, **named)
+            told = guide.space(*some, **named).bind(*some, **named).terms(u)[1]
+            return torch.cat([u, told.unsqueeze(-1)], dim=-1).double()
+
+    found = per_chunk(
+        measure, (model, guide), args, kwargs, plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk
+    )
+    u, told = found[..., :-1], found[..., -1]
+    return ActiveUnits(u.mean(0), mean_variance(u), told.mean(0), num_samples)
+
+
+def mean_variance(u: Tensor) -> Tensor:
+    """Variance over data of the mean of draws `[S, N, D]`, its Monte Carlo part taken out, `[D]`; 0 for one datum."""
+    between = u.mean(0).var(0) if u.shape[1] > 1 else torch.zeros_like(u[0, 0])
+    return (between - u.var(0).mean(0) / len(u)).clamp_min(0)
+
+
 def information(
     model: Callable[..., Any], guide: Any, *args: Any, num_samples: int = 100, num_scored: int | None = None,
     mixture: bool = True, seed: int = 0, chunk: int = 256, **kwargs: Any,
@@ -97,7 +168,10 @@ def information(
     if not 2 <= scored <= num_samples:
         raise ValueError(f"num_scored must lie between 2 and num_samples = {num_samples}, got {scored}")
     if not hasattr(guide, "_sampler"):
-        raise NoDensityError(f"{guide!r} has no density, so its KL to the prior is unknown: use reference.compare")
+        raise NoDensityError(
+            f"{guide!r} has no density, so its KL to the prior is unknown: use diagnose.active_units, or "
+            "reference.compare"
+        )
 
     def measure(*some: Any, **named: Any) -> Tensor:
         """Draws and, as one more latent, log q - log p at the scored ones, `[S, b, D + 1]`."""
@@ -112,13 +186,11 @@ def information(
         measure, (model, guide), args, kwargs, plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk
     )
     u, excess = found[..., :-1], found[:scored, :, -1]
-    between = u.mean(0).var(0) if u.shape[1] > 1 else torch.zeros_like(u[0, 0])
-    noise = u.var(0).mean(0) / num_samples
     mutual = _mutual_information(model, guide, u[:10], args, kwargs) if mixture else None
     return Information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(scored),
         mutual_information=mutual, cap=math.log(u.shape[1]),
-        mean_variance=(between - noise).clamp_min(0),
+        mean_variance=mean_variance(u),
     )  # fmt: skip
 
 

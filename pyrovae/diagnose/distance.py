@@ -104,7 +104,9 @@ def w1(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("n,nbd->bd", weight, apart) / b.std(0)
 
 
-def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) -> Tensor:
+def sliced_w2(
+    a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0, *, standardize: bool = True
+) -> Tensor:  # fmt: skip
     """Sliced 2-Wasserstein distance, in standard deviations of the reference.
 
     Every datum sees the same directions, drawn from a generator of its own: the global one is left alone, and a datum's
@@ -115,6 +117,9 @@ def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) ->
         b: Reference draws ``[T, B, D]``; S and T may differ.
         num_directions: Number of random unit vectors.
         seed: Seed of the directions.
+        standardize: False leaves the draws in their own unit. For images, whose pixels have one unit: in standard
+            deviations, a corner that is hardly ever touched would count as much as the middle, and a constant one
+            raises.
 
     Returns:
         ``[B]``, float64.
@@ -124,8 +129,8 @@ def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) ->
     """
     if num_directions < 1:
         raise ValueError(f"num_directions must be at least 1, got {num_directions}")
-    a, b = check_draws(a, b)
-    scale = b.std(0)
+    a, b = check_draws(a, b, may_be_constant=not standardize)
+    scale = b.std(0) if standardize else torch.ones_like(b[0])
     directions = _directions(num_directions, a.shape[-1], seed).to(a.device)
     weight, index_a, index_b = (value.to(a.device) for value in _coupling(a.shape[0], b.shape[0]))
     distances = []
@@ -138,7 +143,7 @@ def sliced_w2(a: Tensor, b: Tensor, num_directions: int = 200, seed: int = 0) ->
     return torch.stack(distances)
 
 
-def check_draws(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def check_draws(a: Tensor, b: Tensor, *, may_be_constant: bool = False) -> tuple[Tensor, Tensor]:
     """Both sets of draws in float64, or a clear error."""
     if a.dim() != 3 or b.dim() != 3 or a.shape[1:] != b.shape[1:] or 0 in a.shape[1:]:
         raise ValueError(
@@ -152,7 +157,7 @@ def check_draws(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{name} has NaN or infinite draws at datum {int(bad.nonzero()[0])}: remove that datum")
     a, b = a.detach().to(torch.float64), b.detach().to(torch.float64)
     flat = b.amin(0) == b.amax(0)
-    if flat.any():
+    if flat.any() and not may_be_constant:
         datum, dim = flat.nonzero()[0].tolist()
         raise ValueError(
             f"the reference b is constant at datum {datum}, dimension {dim}: it has no standard deviation to measure in"

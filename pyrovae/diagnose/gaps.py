@@ -33,6 +33,7 @@ from pyrovae.ascent import Ascent
 from pyrovae.chunks import per_chunk
 from pyrovae.errors import NoDensityError, ScaleError
 from pyrovae.evidence import Estimate
+from pyrovae.evidence.estimate import LOWER, NO_BOUND, UNNORMALISED, kind_of
 from pyrovae.families import Family, FullRankNormal
 from pyrovae.losses.base import require_pair
 from pyrovae.provenance import Provenance
@@ -86,10 +87,10 @@ class Gaps:
 
     def _notes(self) -> list[str]:
         found: list[str] = []
-        if self.log_evidence.kind != "exact":
-            article = "an" if self.log_evidence.kind[0] in "aeiou" else "a"
+        if self.approximation.kind != "exact":
+            article = "an" if self.approximation.kind[0] in "aeiou" else "a"
             found.append(
-                f"log p(x) is only {article} {self.log_evidence.kind}: so are the approximation gap and the inference "
+                f"log p(x) is only {article} {self.approximation.kind}: so are the approximation gap and the inference "
                 "gap"
             )
         if self.flagged.any():
@@ -175,13 +176,20 @@ def gaps(
         exact = per_chunk(lambda *a, **k: model.log_evidence(*a, **k).unsqueeze(0), (model,), args, kwargs, **options)
         log_evidence = exact[0]
     if log_evidence is None:
-        evidence = estimate(f"IWAE-{num_samples}", "lower bound", stats["evidence"], stats["evidence_se"])
+        evidence = estimate(f"IWAE-{num_samples}", kind_of(model, LOWER), stats["evidence"], stats["evidence_se"])
         lost, lost_se, all_se = evidence.values - best, stats["approximation_se"], stats["inference_se"]
     else:
         evidence = _given(log_evidence, elbo, provenance)
         lost = evidence.values - best
         lost_se, all_se = evidence.se.hypot(stats["best_se"]), evidence.se.hypot(stats["elbo_se"])
-    kind = evidence.kind
+    ours = kind_of(model, LOWER)
+    if (evidence.kind == UNNORMALISED) != (ours == UNNORMALISED):
+        raise ValueError(
+            "log_evidence and the guide's bounds must both have the prior's log Z, or both lack it: measure it first "
+            "(evidence.log_normaliser and model.normalise)"
+        )
+    # Where log Z is missing it cancels; what is left of an estimate's kind is unknown.
+    kind = LOWER if log_evidence is None else NO_BOUND if evidence.kind == UNNORMALISED else evidence.kind
     # Where q is the posterior nothing but rounding is left, of sums of some hundred terms.
     slack = 256 * torch.finfo(guide.space(*args, **kwargs).dtype).eps * (1 + evidence.values.abs())
     negative = (lost < -_ERRORS * lost_se - slack) | (best - elbo < -_ERRORS * stats["amortization_se"] - slack)
@@ -191,8 +199,8 @@ def gaps(
         guide=guide.traits.name,
         family=_name_of(guide, args, kwargs),
         log_evidence=evidence,
-        best=estimate("ELBO of q*", "lower bound", best, stats["best_se"]),
-        elbo=estimate("ELBO", "lower bound", elbo, stats["elbo_se"]),
+        best=estimate("ELBO of q*", ours, best, stats["best_se"]),
+        elbo=estimate("ELBO", ours, elbo, stats["elbo_se"]),
         approximation=estimate("approximation gap", kind, lost, lost_se),
         amortization=estimate("amortization gap", "exact", best - elbo, stats["amortization_se"]),
         inference=estimate("inference gap", kind, evidence.values - elbo, all_se),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyrovae import noise
 from pyrovae.chunks import per_chunk
-from pyrovae.diagnose.collapse import ACTIVE
+from pyrovae.diagnose.collapse import ACTIVE, mean_variance
 from pyrovae.errors import LatentError, NoDensityError
 from pyrovae.families import marginal
 from pyrovae.latents import LatentSpace, LogJoint
@@ -114,10 +114,9 @@ def group_information(
     )
     sites = guide.space(*args, **kwargs).sites
     u, excess = found[..., : -len(sites)], found[..., -len(sites) :]
-    between = u.mean(0).var(0) if u.shape[1] > 1 else torch.zeros_like(u[0, 0])
     return GroupInformation(
         tuple(site.name for site in sites), excess.mean(0).T, excess.std(0).T / math.sqrt(num_samples),
-        (between - u.var(0).mean(0) / num_samples).clamp_min(0), torch.tensor([site.size for site in sites]),
+        mean_variance(u), torch.tensor([site.size for site in sites]),
     )  # fmt: skip
 
 

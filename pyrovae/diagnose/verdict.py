@@ -285,7 +285,7 @@ def report(
                 model, guide, *args, num_samples=num_samples, seed=seed,
                 progress="importance draws" if progress else None, **kwargs,
             )  # fmt: skip
-            elbo, iwae = summarize(weights, provenance)
+            elbo, iwae = summarize(weights, provenance, model=model)
             khat = pareto_khat(weights)
             ess = (2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0)).exp() / num_samples
             known = information(model, guide, *args, seed=seed, **kwargs)

@@ -4,8 +4,9 @@ from pyrovae.evidence.annealing import ais, reverse_ais, temperatures
 from pyrovae.evidence.bracket import Bracket, bdmc, bracket
 from pyrovae.evidence.estimate import Estimate, difference
 from pyrovae.evidence.importance import elbo, iwae, log_weights, summarize
+from pyrovae.evidence.normaliser import log_normaliser
 
 __all__ = [
-    "Bracket", "Estimate", "ais", "bdmc", "bracket", "difference", "elbo", "iwae", "log_weights", "reverse_ais",
-    "summarize", "temperatures",
+    "Bracket", "Estimate", "ais", "bdmc", "bracket", "difference", "elbo", "iwae", "log_normaliser", "log_weights",
+    "reverse_ais", "summarize", "temperatures",
 ]  # fmt: skip

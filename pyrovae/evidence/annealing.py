@@ -30,7 +30,7 @@ from pyrovae import noise, store
 from pyrovae.batching import Batched
 from pyrovae.chunks import per_chunk
 from pyrovae.errors import LatentError
-from pyrovae.evidence.estimate import LOWER, UPPER, Estimate
+from pyrovae.evidence.estimate import LOWER, UPPER, Estimate, kind_of
 from pyrovae.latents import LatentSpace
 from pyrovae.memory import rows_within
 from pyrovae.provenance import Provenance
@@ -166,8 +166,10 @@ def annealed(
     inverse_ess = torch.exp(torch.logsumexp(2 * weights, 0) - 2 * torch.logsumexp(weights, 0))
     se = (inverse_ess - 1 / num_chains).clamp_min(0).sqrt()
     if posterior is None:
-        return Estimate(f"AIS-{num_temperatures}", LOWER, mean, se, num_chains, provenance), weights
-    return Estimate(f"reverse AIS-{num_temperatures}", UPPER, -mean, se, num_chains, provenance), weights
+        kind = kind_of(model, LOWER)
+        return Estimate(f"AIS-{num_temperatures}", kind, mean, se, num_chains, provenance), weights
+    kind = kind_of(model, UPPER)
+    return Estimate(f"reverse AIS-{num_temperatures}", kind, -mean, se, num_chains, provenance), weights
 
 
 @dataclass(frozen=True)

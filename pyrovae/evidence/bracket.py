@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyrovae import noise
 from pyrovae.evidence.annealing import ais, annealed, reverse_ais
-from pyrovae.evidence.estimate import NO_BOUND, Estimate
+from pyrovae.evidence.estimate import NO_BOUND, UNNORMALISED, Estimate
 from pyrovae.evidence.importance import log_weights, summarize
 from pyrovae.latents import LatentSpace
 from pyrovae.provenance import Provenance
@@ -126,14 +126,14 @@ def bracket(
             resume=_folder(resume, "importance"), **kwargs,
         )  # fmt: skip
         provenance = Provenance.of_call(args, kwargs, num_data=weights.shape[1], seed=seed, num_samples=num_samples)
-        found.append((summarize(weights, provenance)[1], weights))
+        found.append((summarize(weights, provenance, model=model)[1], weights))
     upper = None
     if num_temperatures:
         found.append(annealed(model, None, args, resume=_folder(resume, "forward"), **options, **kwargs))
         draws, exact = _posterior(model, args, kwargs, reference, num_chains, seed)
         if draws is not None:
             upper = reverse_ais(model, draws, *args, resume=_folder(resume, "reverse"), **options, **kwargs)
-            upper = upper if exact else replace(upper, kind=NO_BOUND)
+            upper = upper if exact or upper.kind == UNNORMALISED else replace(upper, kind=NO_BOUND)
     if not found:
         raise ValueError("nothing to bound log p(x) with: pass a guide, or num_temperatures of at least 1")
     return Bracket(_better(found), upper, tuple(estimate for estimate, _ in found))

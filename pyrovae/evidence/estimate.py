@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from pyrovae.provenance import Provenance, require_comparable
+from pyrovae.runtime import modules_of
 
-__all__ = ["EXACT", "LOWER", "NO_BOUND", "UPPER", "Estimate", "difference"]
+__all__ = ["EXACT", "LOWER", "NO_BOUND", "UNNORMALISED", "UPPER", "Estimate", "difference", "kind_of"]
 
 LOWER, UPPER, EXACT, NO_BOUND = "lower bound", "upper bound", "exact", "estimate"
+UNNORMALISED = "unnormalised"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Estimate:
 
     Attributes:
         name: "ELBO", "IWAE-1000", ...
-        kind: "lower bound", "upper bound", "exact" or "estimate" (of neither side).
+        kind: "lower bound", "upper bound", "exact", "estimate" (of neither side) or "unnormalised" (off by the log Z of
+            the model's prior, the same for all data: see `evidence.log_normaliser`).
         values: `[B]`, nats.
         se: `[B]`, Monte Carlo standard error of each value.
         num_samples: draws per datum.
@@ -54,11 +58,33 @@ class Estimate:
         return f"<b>{self.name}</b> ({self.kind}): {self.mean:.3f} &plusmn; {self.mean_se:.3f} nats per datum"
 
 
+def kind_of(model: Any, kind: str) -> str:
+    """What a statement of this kind about a program's log-joint is about log p(x).
+
+    Where the prior is tilted (`models.tilted`), the program's density lacks log Z: "unnormalised". Once it has been
+    measured a bound is none any more, because the log Z taken off is itself one from below.
+    """
+    modules = [module for root in modules_of(model) for module in root.modules()]
+    tilted: list[Any] = [m for m in modules if getattr(getattr(m, "traits", None), "tilted", False)]
+    if not tilted:
+        return kind
+    return NO_BOUND if all(m.normalised for m in tilted if hasattr(m, "normalised")) else UNNORMALISED
+
+
 def difference(first: Estimate, second: Estimate) -> tuple[float, float]:
     """(mean, standard error) of the paired difference `first - second` over the same data, nats per datum.
 
-    Pairing takes the spread between data out: the error is far smaller than that of either mean.
+    Pairing takes the spread between data out: the error is far smaller than that of either mean. Two unnormalised
+    estimates must be of one model.
+
+    Raises:
+        ValueError: other data, or one of them is unnormalised.
     """
+    if (first.kind == UNNORMALISED) != (second.kind == UNNORMALISED):
+        raise ValueError(
+            "an unnormalised estimate is off by an unknown log Z: measure it first (evidence.log_normaliser and "
+            "model.normalise)"
+        )
     if first.values.shape != second.values.shape:
         raise ValueError(f"paired differences need the same data: {len(first.values)} against {len(second.values)}")
     if first.provenance is not None and second.provenance is not None:

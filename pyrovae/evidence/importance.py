@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.chunks import per_chunk
-from pyrovae.evidence.estimate import LOWER, Estimate
+from pyrovae.evidence.estimate import LOWER, Estimate, kind_of
 from pyrovae.losses.base import require_pair
 from pyrovae.provenance import Provenance
 
@@ -67,20 +67,22 @@ def log_weights(
     return weights.double()
 
 
-def summarize(weights: Tensor, provenance: Provenance | None = None) -> tuple[Estimate, Estimate]:
-    """(ELBO, IWAE) from log-weights `[S, B]`.
+def summarize(
+    weights: Tensor, provenance: Provenance | None = None, *, model: Any = None
+) -> tuple[Estimate, Estimate]:
+    """(ELBO, IWAE) from log-weights `[S, B]`; of a model with a tilted prior, say which: it decides on their kind.
 
     Standard errors per datum: sd(log w) / sqrt(S) and, by the delta method, sqrt(sum w^2 / (sum w)^2 - 1/S); nan for
     S = 1, which says nothing about its own spread.
     """
-    number = len(weights)
+    number, kind = len(weights), kind_of(model, LOWER)
     spread = weights.std(0) if number > 1 else torch.full_like(weights[0], torch.nan)
     bound = torch.logsumexp(weights, 0) - math.log(number)
     inverse_ess = torch.exp(torch.logsumexp(2 * weights, 0) - 2 * torch.logsumexp(weights, 0))
     se = (inverse_ess - 1 / number).clamp_min(0).sqrt() if number > 1 else spread
     return (
-        Estimate("ELBO", LOWER, weights.mean(0), spread / math.sqrt(number), number, provenance),
-        Estimate(f"IWAE-{number}", LOWER, bound, se, number, provenance),
+        Estimate("ELBO", kind, weights.mean(0), spread / math.sqrt(number), number, provenance),
+        Estimate(f"IWAE-{number}", kind, bound, se, number, provenance),
     )
 
 
@@ -102,4 +104,4 @@ def _estimates(
     provenance = Provenance.of_call(
         args, data, num_data=weights.shape[1], seed=kwargs.get("seed", 0), num_samples=num_samples
     )
-    return summarize(weights, provenance)
+    return summarize(weights, provenance, model=model)

@@ -10,7 +10,6 @@ from pyro.infer import TraceEnum_ELBO
 from pyrovae import losses
 from pyrovae.compat import compatible
 from pyrovae.schedules import AggressiveEncoder, DeepFirst, RecursiveSchedule, Schedule
-from pyrovae.training import default_loss
 
 __all__ = ["LOSSES", "SCHEDULES", "build_loss", "build_schedule", "candidates"]
 
@@ -42,7 +41,7 @@ def build_loss(name: str, model: Any, guide: Any) -> Any:
     if getattr(model, "classes", "collapsed") == "enumerated":
         return TraceEnum_ELBO(max_plate_nesting=1)  # the one that sums classes out
     if not name:
-        return default_loss(guide)
+        return losses.default_loss(guide)
     found = candidates(name)
     return next((loss for loss in found if compatible(model, guide, loss) is None), found[0])
 

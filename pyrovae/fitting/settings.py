@@ -26,7 +26,7 @@ class Settings:
     Attributes:
         model: one of `recipes.MODELS`.
         guide: one of `recipes.GUIDES`; empty for "amortized", of the language model "none".
-        loss: one of `recipes.LOSSES`; empty for the guide's own (`training.default_loss`).
+        loss: one of `recipes.LOSSES`; empty for the guide's own (`losses.default_loss`).
         data: images or text by name, or the path of an .npz file.
         out: folder; empty for `runs/fit-<model>-<data>`.
         latent_dim: latents per datum, of ladders per group; None for a number that suits the data.

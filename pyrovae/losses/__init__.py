@@ -5,7 +5,11 @@ Those with a term of the whole batch have `penalty`, too.
 
 from functools import partial
 
+from pyrovae.losses.charts import ChartLoss
+from pyrovae.losses.default import default_loss
+from pyrovae.losses.diffusion import DiffusionELBO, SimpleDiffusionLoss
 from pyrovae.losses.elbo import ELBO
+from pyrovae.losses.energy import EnergyELBO
 from pyrovae.losses.free_bits import FreeBits
 from pyrovae.losses.info import InfoVAE
 from pyrovae.losses.iwae import IWAE
@@ -29,6 +33,6 @@ REGISTRY = {
 }
 
 __all__ = [
-    "ELBO", "IWAE", "REGISTRY", "ExpectedLogJoint", "FreeBits", "InfoVAE", "MutualPosteriorDivergence",
-    "RecursiveELBO",
+    "ELBO", "IWAE", "REGISTRY", "ChartLoss", "DiffusionELBO", "EnergyELBO", "ExpectedLogJoint", "FreeBits", "InfoVAE",
+    "MutualPosteriorDivergence", "RecursiveELBO", "SimpleDiffusionLoss", "default_loss",
 ]  # fmt: skip

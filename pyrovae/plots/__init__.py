@@ -11,10 +11,11 @@ from pyrovae.plots.pictures import (
     traversals,
 )
 from pyrovae.plots.posterior import posterior
+from pyrovae.plots.topology import persistence
 from pyrovae.plots.training import training
 from pyrovae.plots.verdict import coverage, gaps, khat, khat_histogram, sbc, tarp
 
 __all__ = [
     "COLORS", "clusters", "coverage", "gaps", "images", "imputations", "interpolations", "khat", "khat_histogram",
-    "posterior", "reconstructions", "samples", "sbc", "tarp", "training", "traversals",
+    "persistence", "posterior", "reconstructions", "samples", "sbc", "tarp", "training", "traversals",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyrovae import guides
-from pyrovae.diagnose import information
+from pyrovae.diagnose.collapse import active_units, information
 from pyrovae.errors import IncompatibleError, NoDensityError
 
 MODEL, X = problems.ppca(rows=40, latent=3, pixels=8, noise=1.0)
@@ -121,3 +121,60 @@ def test_few_runs_of_the_model_for_the_kl_and_many_draws_for_the_means():
         p.data.zero_()
     dead = information(MODEL, prior, X.repeat(8, 1), num_samples=200, num_scored=10)
     assert not dead.active.any()
+
+
+def langevin_moments(num_steps, s):
+    """Of K Langevin steps from the prior on pPCA's Gaussian posterior: means `[N, 3]`, one covariance for all data."""
+    with torch.no_grad():
+        q = MODEL.posterior(X)
+        precision = torch.cholesky_inverse(q.scale_tril[0])
+        eye = torch.eye(3, dtype=torch.double)
+        shrink = eye - 0.5 * s**2 * precision
+        left = torch.linalg.matrix_power(shrink, num_steps)
+        covariance = left @ left.T + s**2 * sum(torch.linalg.matrix_power(shrink, 2 * k) for k in range(num_steps))
+        return q.mean - q.mean @ left.T, covariance
+
+
+def test_active_units_of_a_short_run_have_the_law_of_its_chain():
+    """Means, their variance over data and E log p(x | z) of K steps, in closed form, from draws without a density."""
+    num_steps, s, number = 6, 0.15, 1000
+    mean, covariance = langevin_moments(num_steps, s)
+    found = active_units(MODEL, guides.ShortRun(MODEL, num_steps, s), X, num_samples=number)
+    se = (covariance.diagonal() / number).sqrt()
+    assert ((found.mean - mean).abs() < 4.5 * se).all()
+    # The estimate of a variance of means: each mean is off by se.
+    off = 2 * mean.sub(mean.mean(0)).square().mean(0).sqrt() * se * len(X) ** -0.5
+    assert ((found.mean_variance - mean.var(0)).abs() < 4.5 * off + 5 * se**2).all()
+    with torch.no_grad():
+        weight, noise = MODEL.weight, MODEL.log_noise.exp()
+        rest = (X - MODEL.bias - mean @ weight.T).square().sum(1) + (weight @ covariance @ weight.T).trace()
+        exact = -0.5 * rest / noise**2 - 8 * (noise * math.sqrt(2 * math.pi)).log()
+    spread = float((found.reconstruction - exact).std())
+    assert spread < 0.3
+    assert abs(float((found.reconstruction - exact).mean())) < 4 * spread / len(X) ** 0.5
+    assert found.active.all()
+    assert "3 of 3" in repr(found)
+
+
+def test_the_noise_of_few_chains_is_taken_out():
+    """Equal data have equal means: ten chains of each leave a variance of se^2, which is not an active latent."""
+    num_steps, s = 6, 0.15
+    same = X[:1].expand(400, -1).clone()
+    found = active_units(MODEL, guides.ShortRun(MODEL, num_steps, s), same, num_samples=10)
+    raw = found.mean.var(0)
+    covariance = langevin_moments(num_steps, s)[1].diagonal()
+    assert ((raw / (covariance / 10) - 1).abs() < 5 * (2 / 400) ** 0.5).all()
+    assert (raw > 0.01).any()
+    assert (found.mean_variance < 5 * raw * (2 / 400) ** 0.5).all()
+    one = active_units(MODEL, guides.ShortRun(MODEL, num_steps, s), X[:1], num_samples=10)
+    assert not one.active.any()
+    assert "unknown from one datum" in repr(one)
+
+
+def test_active_units_agree_with_information_where_there_is_a_density():
+    ours, theirs = (f(MODEL, exact(), X, num_samples=200) for f in (active_units, information))
+    torch.testing.assert_close(ours.mean_variance, theirs.mean_variance, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="at least 10 draws"):
+        active_units(MODEL, exact(), X, num_samples=9)
+    with pytest.raises(IncompatibleError, match="pyrovae.guides"):
+        active_units(MODEL, lambda x: None, X)

@@ -80,6 +80,20 @@ def test_unequal_numbers_of_draws_use_the_quantile_functions() -> None:
     assert torch.allclose(sliced_w2(a.repeat(3, 1, 1), b), sliced_w2(a, b), rtol=1e-12, atol=0)
 
 
+def test_images_are_compared_in_their_own_unit() -> None:
+    """Shifted by delta, W2 squared averages |delta|^2 / D over directions; constant pixels, as in corners, are fine."""
+    _, b = _pair(dim=4)
+    b[..., 0] = 0.25
+    delta = torch.tensor([0.5, 0.0, 2.0, -1.0], dtype=torch.float64)
+    value = sliced_w2(b + delta, b, num_directions=4000, standardize=False).square()
+    standard_error = float(delta.square().sum()) * math.sqrt(2 * 3 / (16 * 6) / 4000)
+    assert (value - delta.square().sum() / 4).abs().max() < 4 * standard_error
+    torch.testing.assert_close(sliced_w2(3 * b + delta, 3 * b, standardize=False),
+                               sliced_w2(b + delta / 3, b, standardize=False) * 3)  # fmt: skip
+    with pytest.raises(ValueError, match="constant"):
+        sliced_w2(b + delta, b)
+
+
 def test_correlation_error_of_known_correlations() -> None:
     torch.manual_seed(7)
     s, rho = 20_000, 0.8

@@ -294,6 +294,15 @@ def test_steps_that_fold_are_counted_and_reported():
         small.log_weights(10, X)
     with pytest.warns(UserWarning, match=r"50\.00% of the Langevin steps are not injective"):
         large.log_weights(10, X)
+    for guide, share in ((small, 0.0), (large, 0.5)):  # the same weights, each chain with its own share
+        torch.manual_seed(0)
+        weights, folded = guide.audited_log_weights(10, X)
+        assert folded.shape == (10, 1)
+        assert torch.allclose(folded, torch.full_like(folded, share))
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(weights, guide.log_weights(10, X))
 
 
 def test_a_short_run_may_start_from_a_guide():

@@ -16,7 +16,6 @@ from pyrovae.errors import IncompatibleError, NoDensityError
 from pyrovae.families import DiagonalNormal, MixtureOfNormals
 from pyrovae.models import VAE
 from pyrovae.nets import MLP, LinearHeadDecoder
-from pyrovae.training import default_loss
 
 PIXELS, DIM = 6, 3
 every_guide = pytest.mark.parametrize("name", GUIDES)
@@ -74,7 +73,7 @@ def test_any_batch_size_on_the_same_guide(name):
 @every_trained
 def test_gradients_reach_every_parameter(name):
     vae, guide = small(name)
-    loss = default_loss(guide)
+    loss = losses.default_loss(guide)
     with pyro.get_param_store().scope():
         loss.loss_and_grads(vae, guide, data(5))
     trained = dict(vae.named_parameters())
@@ -184,7 +183,7 @@ def test_short_run_has_no_density():
         guide.posterior(data(2))
     with pytest.raises(IncompatibleError, match="ExpectedLogJoint"):
         losses.IWAE(5).loss(vae, guide, data(2))
-    assert default_loss(guide).name == "E_q log p(x,z)"
+    assert losses.default_loss(guide).name == "E_q log p(x,z)"
 
 
 @every_density
@@ -195,7 +194,7 @@ def test_estimators_agree_on_two_sites_one_constrained(name):
     guide = DENSITY[name](problems.gamma_normal, 3, 3)
     # Near the posterior the weights have light tails, so that standard errors mean something.
     with pyro.get_param_store().scope():
-        svi = SVI(problems.gamma_normal, guide, pyro.optim.Adam({"lr": 2e-2}), default_loss(guide))
+        svi = SVI(problems.gamma_normal, guide, pyro.optim.Adam({"lr": 2e-2}), losses.default_loss(guide))
         for _ in range(0 if "laplace" in name or name not in TRAINED else 200):
             svi.step(x)
     if name == "laplace":

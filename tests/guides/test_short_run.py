@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 from pyrovae import guides, losses
+from pyrovae.guides.short_run import text_steps
 from pyrovae.models import PPCA
 
 CHAINS = 400_000
@@ -145,12 +146,76 @@ def test_learning_with_large_steps_shrinks_the_weight(factors):
     assert 0.05 < learnt_gap(factors, 30, 0.25, 100) < 0.15
 
 
+class Masked(torch.nn.Module):
+    """Posterior N(0, 1/10) where the mask of a datum is there (dropout scales it to 2), the prior where it is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            mask = self.dropout(torch.ones_like(z))
+            pyro.sample("x", dist.Normal(mask * z, 2 / 3).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_masks_that_stay_and_masks_that_change(recorded, monkeypatch):
+    """Noiseless steps shrink z by 0.5 under a mask that is there and by 0.95 under one that is not."""
+    if not recorded:
+        monkeypatch.setattr("pyrovae.guides.short_run.recorded", lambda log_joint, u: log_joint)
+    model, x, steps = Masked(), torch.zeros(2000, 1, dtype=torch.double), 4
+
+    def times_there(masks, seed=0):
+        guide = guides.ShortRun(model, steps, 0.1**0.5, temperature=0.0, masks=masks)
+        torch.manual_seed(seed)
+        ends = guide.draws(1, x)
+        torch.manual_seed(seed)
+        shrunk = (ends / guide.space(x).prior(1, x)).flatten()
+        times = (shrunk / 0.95**steps).log() / math.log(0.5 / 0.95)
+        assert torch.allclose(times, times.round(), atol=1e-6)
+        return times.round().long()
+
+    for masks, shares in (("fixed", [0.5, 0, 0, 0, 0.5]), ("fresh", [math.comb(4, k) / 16 for k in range(5)])):
+        counts, expected = torch.bincount(times_there(masks), minlength=5) / 2000, torch.tensor(shares)
+        assert ((counts - expected).abs() <= 4 * (expected * (1 - expected) / 2000).sqrt()).all()
+    assert not torch.equal(times_there("fixed"), times_there("fixed", seed=1))  # each call has its own
+
+
+def test_masks_cost_no_random_numbers_where_there_are_none():
+    """A model that draws nothing has the same chains, and leaves the same random state, under both."""
+    found = []
+    for masks in ("fixed", "fresh"):
+        torch.manual_seed(0)
+        found.append((guides.ShortRun(gaussian, 3, 0.2, masks=masks).draws(5, X), torch.get_rng_state()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_in_evaluation_there_are_no_masks():
+    model, x = Masked().eval(), torch.zeros(50, 1, dtype=torch.double)
+    torch.manual_seed(0)
+    ends = guides.ShortRun(model, 2, 0.1**0.5, temperature=0.0).draws(1, x)
+    torch.manual_seed(0)
+    start = guides.ShortRun(model).space(x).prior(1, x)
+    assert torch.allclose(ends, start * (1 - 0.05 * (1 + 9 / 4)) ** 2)
+
+
+def test_the_published_steps_for_text():
+    assert text_steps() == [0.8, 0.7, 0.6, 0.5, 0.2, 0.2, 0.1, 0.1, *[0.05] * 12]
+    assert text_steps(3) == [0.8, 0.7, 0.6]
+    with pytest.raises(ValueError, match="num_steps >= 1"):
+        text_steps(0)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"num_steps": 0}, {"step_size": -0.1}, {"step_size": [0.1, 0.2]}, {"kernel": "gibbs"}, {"num_leapfrog": 0}],
-)
+    [{"num_steps": 0}, {"step_size": -0.1}, {"step_size": [0.1, 0.2]}, {"kernel": "gibbs"}, {"num_leapfrog": 0},
+     {"temperature": -0.1}, {"temperature": math.nan}, {"masks": "stale"}],
+)  # fmt: skip
 def test_bad_options_raise(options):
-    with pytest.raises(ValueError, match=r"needs|must be"):
+    with pytest.raises(ValueError, match=r"needs|must be|must not be"):
         guides.ShortRun(gaussian, **options)
 
 

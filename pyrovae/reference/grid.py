@@ -1,0 +1,106 @@
+"""Grids that enclose a density of one or two dimensions, datum by datum.
+
+    int f(u) du = (cell volume) sum_g f(u_g)
+
+The grid is widened until the log-density at its rim has fallen by `drop` nats, then shrunk to the region above that and
+refined. Errors of the rule are far below Monte Carlo noise for smooth integrands (the trapezoid rule converges
+exponentially when the integrand vanishes at both ends).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["POINTS", "Grid", "enclose"]
+
+POINTS = {1: 4001, 2: 301}  # a dimension
+
+
+class Grid(NamedTuple):
+    """Points `[G, B, D]`, the log-density there `[G, B]` and the sides of a cell `[B, D]`; float64."""
+
+    u: Tensor
+    values: Tensor
+    cell: Tensor
+
+    def log_integral(self) -> Tensor:
+        """Of the density, `[B]`."""
+        return torch.logsumexp(self.values, 0) + self.cell.log().sum(-1)
+
+    def coarse(self) -> Tensor:
+        """Every second point in each dimension, `[G']` of all."""
+        dim = self.u.shape[-1]
+        points = round(len(self.u) ** (1 / dim))
+        return torch.arange(len(self.u)).reshape(*[points] * dim)[(slice(None, None, 2),) * dim].flatten()
+
+
+def enclose(
+    log_density: Callable[[Tensor], Tensor], rows: int, dim: int, *, drop: float, dtype: torch.dtype, device: Any
+) -> Grid:
+    """A grid around the mass of every datum.
+
+    Args:
+        log_density: `[S, B, D] -> [S, B]`, nats; called in `dtype` on `device`.
+        drop: nats below the mode beyond which mass is neglected (exp(-drop) of the peak).
+
+    Raises:
+        ValueError: the mass could not be enclosed, or is narrower than the grid.
+    """
+    points = POINTS[dim]
+    low = torch.full((rows, dim), -10.0, dtype=torch.double)
+    high = -low
+    for _ in range(40):
+        u, values = _on_grid(log_density, low, high, points, dtype, device)
+        inside = values > values.amax(0) - drop
+        coords = torch.where(inside.unsqueeze(-1), u, torch.nan)
+        least = coords.nan_to_num(nan=torch.inf).amin(0)
+        most = coords.nan_to_num(nan=-torch.inf).amax(0)
+        cell = (high - low) / (points - 1)
+        touch_low, touch_high = least <= low + 0.5 * cell, most >= high - 0.5 * cell
+        width = high - low
+        # Twice the width: far mass is reached in a few doublings, the shrinking that follows costs little.
+        new_low = torch.where(touch_low, low - 2 * width, least - cell)
+        new_high = torch.where(touch_high, high + 2 * width, most + cell)
+        done = ~touch_low & ~touch_high & ((new_high - new_low) > 0.8 * width)
+        if done.all():
+            break
+        low, high = torch.where(done, low, new_low), torch.where(done, high, new_high)
+    else:
+        raise ValueError("the posterior's mass could not be enclosed by a grid: it may be improper; use reference.nuts")
+    grid = Grid(u, values, (high - low) / (points - 1))
+    _require_resolved(grid)
+    return grid
+
+
+def _require_resolved(grid: Grid) -> None:
+    """Raise when every second grid point gives another integral: the mass is narrower than the grid.
+
+    The rule's error falls as exp(-c / cell^2), so half the points in agreement within 0.01 nats leave an error of about
+    the fourth power of that.
+    """
+    dim = grid.u.shape[-1]
+    coarse = torch.logsumexp(grid.values[grid.coarse()], 0) + dim * math.log(2.0)
+    change = (coarse - torch.logsumexp(grid.values, 0)).abs().max()
+    if not change < 0.01:
+        raise ValueError(
+            f"the grid cannot resolve the posterior (half of its points change log p(x) by {float(change):.2g} nats), "
+            "as with two nearly collinear latents: use reference.nuts"
+        )
+
+
+def _on_grid(
+    log_density: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, points: int, dtype: torch.dtype, device: Any
+) -> tuple[Tensor, Tensor]:
+    """Grid points `[G, B, D]` and the log-density there `[G, B]`."""
+    rows, dim = low.shape
+    ticks = torch.linspace(0, 1, points, dtype=torch.double)
+    unit = torch.cartesian_prod(*[ticks] * dim).reshape(-1, dim)
+    u = low + unit.unsqueeze(1) * (high - low)
+    block = max(1, math.ceil(200_000 / rows))
+    parts = [log_density(part.to(dtype).to(device)).double().cpu() for part in u.split(block)]
+    return u, torch.cat(parts).nan_to_num(nan=-torch.inf)
