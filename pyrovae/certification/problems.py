@@ -314,7 +314,7 @@ class PiecewiseAffine(Problem):
     """Units are positive where w z + v > 0; the slope of the decoder is W_2 (q * w), q = 1 there and 0.1 elsewhere."""
 
     name = "piecewise-affine"
-    about = "A leaky-ReLU net of one latent, 8 units, 2 pixels: a posterior with kinks, one datum 14 nats out"
+    about = "A leaky-ReLU net of one latent, 8 units, 2 pixels: a posterior with kinks, for one datum far out two modes"
     dim = 1
 
     def __init__(self) -> None:
@@ -325,7 +325,7 @@ class PiecewiseAffine(Problem):
             [-2.1, 0.4, 1.2, 0.5, 0.6, -1.5, 1.8, 0.7], [1.1, 0.5, -1.2, 0.1, 1.5, 0.5, 0.3, 1.4]
         ]).double(), torch.tensor([-0.8, -0.3]).double()  # fmt: skip
         self.noise = 0.5
-        self.x = torch.tensor([[1.3, -2.3], [1.1, -2.9], [0.5, -4.8]]).double()
+        self.x = torch.tensor([[1.3, -2.3], [1.1, -2.9], [3.9, -1.1]]).double()
         self.kinks = (-self.bias / self.weight).sort().values
         model = PiecewiseAffineVAE([1, 8, 2], leak=0.1).double().requires_grad_(False)
         layers = (self.weight.unsqueeze(-1), self.bias), (self.output, self.offset)

@@ -28,7 +28,7 @@ def test_by_hand_and_by_the_library(kinked):
     assert torch.allclose(q.mean, problem.truth.mean, rtol=0, atol=1e-10)
     assert torch.allclose(q.covariance_matrix, problem.truth.covariance, rtol=0, atol=1e-10)
     assert torch.allclose(problem.kinks, problem.model.cells().edges, rtol=0, atol=1e-12)
-    assert int((q.weights[2] > 0.01).sum()) == 3
+    assert int((q.weights[2] > 0.01).sum()) == 6
     assert -14.5 < float(q.log_evidence[2]) < -13.5
     u = torch.linspace(-3.03, 3.04, 61, dtype=torch.double)[:, None, None].expand(-1, 3, 1)
     by_cell = (1 / q.gaussians.covariance)[q.cells.locate(u)]
@@ -60,7 +60,7 @@ def test_standards_that_are_searched_exist(kinked):
     for found in (kinked.laplace, kinked.averaged, kinked.full_rank):
         gap = kinked.problem.truth.log_evidence - found.best
         assert (gap > 0).all()
-        assert (gap < 0.2).all()
+        assert (gap < 0.8).all()
     assert (kinked.full_rank.best >= kinked.laplace.best - 1e-9).all()
 
 
