@@ -33,7 +33,7 @@ def decode(
     """(E[x | z], Var[x | z]) of an observed site at latents `u: [S, B, D]` of a call's data, `[S, B, *event]`.
 
     Raises:
-        DataError: no such observed site, or one whose mean has no closed form.
+        DataError: no such observed site, or one whose mean has no closed form, or depends on a discrete latent too.
     """
     rows = space.bind(*args, **kwargs)
     number, size = u.shape[:2]
@@ -55,10 +55,29 @@ def decode(
                     f"the mean of site {site!r} ({type(fn).__name__}) is not known in closed form, so there is no "
                     "picture of E[x | z]: draw from the model at these latents"
                 ) from error
+            _require_settled(space, point, nodes.nodes, site, some, named)
             shape = (-1, size, *fn.event_shape) if space.plate is not None else (1, *fn.batch_shape, *fn.event_shape)
             found.append([moment.expand(fn.shape()).reshape(shape) for moment in moments])
     mean, variance = (torch.cat(parts) for parts in zip(*found, strict=True))
     return mean, variance
+
+
+def _require_settled(
+    space: LatentSpace, point: Tensor, nodes: dict[str, Any], site: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise where E[x | z] moves with a discrete latent that the space sums out: a draw of it would decide."""
+    for name in space.enumerated:
+        values = nodes[name]["fn"].enumerate_support(expand=True)
+        first, last = (
+            poutine.trace(poutine.condition(space.model, {**space.constrain(point), name: value}))
+            .get_trace(*args, **kwargs).nodes[site]["fn"].mean
+            for value in (values[0], values[-1])
+        )  # fmt: skip
+        if not torch.equal(first, last):
+            raise DataError(
+                f"site {site!r} depends on the discrete latent {name!r}, which the space sums out, so there is no one "
+                "E[x | z]: use the model's own methods (of a ChartAutoencoder mean(z, c) and Charts.reconstruct)"
+            )
 
 
 def interpolate(

@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 from torch.distributions import Normal
 
-from pyrovae import evidence, fit, guides, losses
+from pyrovae import evidence, fit, generate, guides, losses
 from pyrovae.compat import compatible
 from pyrovae.errors import DataError, IncompatibleError
 from pyrovae.guides.charts import Charts, furthest_points
@@ -49,6 +49,16 @@ def parts(guide, x):
 def log_logistic(u):
     """log sigma'(u)."""
     return nn.functional.logsigmoid(u) + nn.functional.logsigmoid(-u)
+
+
+def test_pictures_need_a_chart():
+    """Codes alone do not say which chart's decoder they are for; a draw of the chart would decide unseen."""
+    model, guide = atlas()
+    x = data(3)
+    with pytest.raises(DataError, match=r"'x' depends on the discrete latent 'c'.*mean\(z, c\)"):
+        generate.interpolate(model, guide, x, x.flip(0), steps=2)
+    with pytest.raises(DataError, match="discrete latent 'c'"):
+        generate.traverse(model, guide, x, 0, [0.0, 1.0])
 
 
 def test_every_row_goes_through_its_own_net():
