@@ -23,6 +23,7 @@ was trained with the draws of this chain and generates by them.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from pyrovae.samplers import init, langevin
 
 __all__ = ["DEFAULT_CHAIN", "PriorChain", "Tilted", "values_of"]
 
-_HALF_LOG_2PI = 0.9189385332046727
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class PriorChain(NamedTuple):

@@ -25,8 +25,8 @@ GPU. Data are looked up below `PYROVAE_DATA`.
 
 All arms of an experiment start from the same decoder weights, see the same data for the same number of epochs (unless
 a row says otherwise), and are evaluated on the same test data with the same seed. Bounds are in nats per datum, mean
-± standard error over test images. Δ is the mean paired difference from the baseline with its standard error: over test
-images of one run, so it does not count how much training differs from seed to seed. IWAE-S is the importance-weighted
+± standard error over test data. Δ is the mean paired difference from the baseline with its standard error: over test
+data of one run, so it does not count how much training differs from seed to seed. IWAE-S is the importance-weighted
 bound with S draws from each arm's own posterior: a better posterior makes it tighter, too; IWAE at a tenth of the
 draws and the share of k-hat above 0.7 say how far it can be trusted. MI is the mutual information of latents and test
 data, at most the logarithm of their number; AU counts active latents; PPL is the perplexity of a word. "train s" is
@@ -34,7 +34,7 @@ wall-clock, in brackets the seconds of all CPU threads together, which other wor
 numbers stand beside ours for orientation; what differs is said below each table.
 """
 
-BOUNDS = "Bounds of log p(x) on test images"
+BOUNDS = "Bounds of log p(x) on test data"
 _PAGE_ONLY = ("ELBO", "Δ ELBO", "KL", "k-hat > 0.7")  # a terminal is narrow; the JSON and the page have everything
 
 
@@ -218,7 +218,7 @@ def _shortfalls(experiment: Experiment, results: dict[str, Any]) -> list[str]:
                 "epochs: its differences are not at equal epochs."
             )
         if arm["validation"] and arm["best_epoch"] == arm["epochs"]:
-            facts.append(f"{name} was still rising on the validation images when training ended.")
+            facts.append(f"{name} was still rising on the validation data when training ended.")
         gain = results["differences"].get(name, {}).get(experiment.published_bound)
         if gain is None or arm["published"] is None or base is None:
             continue

@@ -29,8 +29,8 @@ from pyrovae.models.piecewise_affine_vae import PiecewiseAffineVAE
 
 __all__ = [
     "PROBLEMS", "SCHOOLS", "Banana", "Bimodal", "Correlated", "GammaScale", "Logistic", "Pca", "PiecewiseAffine",
-    "Problem", "banana",
-    "bimodal", "correlated", "eight_schools", "gamma_normal", "gamma_scale", "logistic", "ppca", "subsampled",
+    "Problem", "banana", "bimodal", "correlated", "eight_schools", "gamma_normal", "gamma_scale", "logistic", "ppca",
+    "subsampled",
 ]  # fmt: skip
 
 SCHOOLS = (

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrovae.chunks import per_chunk
 from pyrovae.evidence import Estimate, log_weights, summarize
-from pyrovae.evidence.estimate import EXACT
+from pyrovae.evidence.estimate import EXACT, kind_of
 from pyrovae.losses.base import require_pair
 from pyrovae.provenance import Provenance
 from pyrovae.reference.grid import POINTS, Grid, enclose
@@ -123,7 +123,7 @@ def audit(
     )
     weights = log_weights(model, guide, *args, num_samples=num_samples, **options, **kwargs)
     provenance = Provenance.of_call(args, kwargs, num_data=found.shape[1], seed=seed, num_samples=num_samples)
-    elbo, _ = summarize(weights, provenance)
+    elbo, _ = summarize(weights, provenance, model=model)
 
     def estimate(name: str, kind: str, values: Tensor, se: Tensor, draws: int = 0) -> Estimate:
         return Estimate(name, kind, values, se, draws, provenance)
@@ -134,7 +134,7 @@ def audit(
         kl=estimate("KL(q || p)", EXACT, kl, kl_error),
         gap=estimate("log p(x) - ELBO", EXACT, log_evidence - elbo.values, elbo.se, num_samples),
         reverse=estimate("KL(p || q)", EXACT, reverse, reverse_error),
-        log_evidence=estimate("log p(x)", EXACT, log_evidence, torch.zeros_like(kl)),
+        log_evidence=estimate("log p(x)", kind_of(model, EXACT), log_evidence, torch.zeros_like(kl)),
         elbo=elbo,
         provenance=provenance,
     )

@@ -42,11 +42,12 @@ class Information:
     """What a guide's posteriors know of the data.
 
     Attributes:
-        kl: `[N]`, KL(q(u | x_n) || p(u)), nats.
+        kl: `[N]`, KL(q(u | x_n) || p(u)), nats; of a tilted prior (`models.tilted`), KL to its base.
         kl_se: `[N]`, Monte Carlo standard errors.
         mutual_information: I in nats, or None where it was left out or the posterior has no density in closed form.
         cap: log N, which I cannot exceed.
         mean_variance: `[D]`, variance over data of the posterior mean.
+        tilted: the prior is tilted.
     """
 
     kl: Tensor
@@ -54,6 +55,7 @@ class Information:
     mutual_information: float | None
     cap: float
     mean_variance: Tensor
+    tilted: bool = False
 
     @property
     def active(self) -> Tensor:
@@ -62,14 +64,15 @@ class Information:
 
     def __repr__(self) -> str:
         n, dim = len(self.kl), len(self.mean_variance)
+        name = "KL to the prior's base" if self.tilted else "KL"
         if n == 1:
-            return f"Information in one datum: KL {float(self.kl):.2f} nats; what latents tell apart takes two data"
+            return f"Information in one datum: {name} {float(self.kl):.2f} nats; what latents tell apart takes two data"
         known = "unknown"
         if self.mutual_information is not None:
             near = ", which caps it: give more data" if self.mutual_information > self.cap - 0.5 else ""
             known = f"{self.mutual_information:.2f} nats of at most log {n} = {self.cap:.2f}{near}"
         return (
-            f"Information in {n} data: KL {float(self.kl.mean()):.2f} nats per datum; mutual information {known}; "
+            f"Information in {n} data: {name} {float(self.kl.mean()):.2f} nats per datum; mutual information {known}; "
             f"{int(self.active.sum())} of {dim} latents active"
         )
 
@@ -190,7 +193,7 @@ def information(
     return Information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(scored),
         mutual_information=mutual, cap=math.log(u.shape[1]),
-        mean_variance=mean_variance(u),
+        mean_variance=mean_variance(u), tilted=bool(getattr(getattr(model, "traits", None), "tilted", False)),
     )  # fmt: skip
 
 

@@ -69,4 +69,4 @@ def log_normaliser(
         num_leapfrog=num_leapfrog, schedule=schedule, seed=seed,
     )  # fmt: skip
     # Of log Z itself the number is a bound, whether or not the model has been normalised.
-    return replace(found, kind=LOWER, provenance=None)
+    return replace(found, kind=LOWER)

@@ -258,7 +258,7 @@ def test_page_says_what_did_not_come_out(bench):
     assert facts == [
         "down against VAE: published +10 nats, here -3.00 ± 0.10: the other sign.",
         "nothing against VAE: published +10 nats, here +0.05 ± 0.10: not told apart from zero.",
-        "late was still rising on the validation images when training ended.",
+        "late was still rising on the validation data when training ended.",
         "slow was stopped by its time limit after 5 of 5 epochs: its differences are not at equal epochs.",
         "wild: step 3: nan",
     ]

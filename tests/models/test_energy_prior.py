@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import nn
 
-from pyrovae import generate, guides, losses, reference
+from pyrovae import diagnose, generate, guides, losses, reference
 from pyrovae.latents import LatentSpace
 from pyrovae.models.energy_prior_vae import EnergyPriorVAE
 from pyrovae.models.hierarchical_energy_prior import HierarchicalEnergyPrior
@@ -316,3 +316,20 @@ def test_hierarchy_trains_as_a_plain_model():
     before = [p.detach().clone() for p in model.parameters()]
     svi.step(x)
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_diagnostics_say_what_a_tilted_prior_leaves_open():
+    """KL is to the base; log p(x) of an audit lacks log Z until it is measured, the divergences never do."""
+    torch.manual_seed(0)
+    model = EnergyPriorVAE(nn.Linear(1, 5), 1, Quadratic([3.0], [2.0]), chain=PriorChain(3, 0.2)).double()
+    guide, x = guides.Amortized(model, nn.Linear(5, 2).double()), data(4, torch.double)
+    assert "KL to the prior's base" in repr(diagnose.information(model, guide, x))
+    before = diagnose.audit(model, guide, x, num_samples=4000)
+    assert before.log_evidence.kind == before.elbo.kind == "unnormalised"
+    log_z = 2.0**2 / (2 * 4) - 0.5 * math.log(4)  # of exp(2 z - 3 z^2 / 2) under N(0, 1)
+    model.normalise(log_z)
+    after = diagnose.audit(model, guide, x, num_samples=4000)
+    assert after.log_evidence.kind == after.elbo.kind == "estimate"
+    assert torch.allclose(before.log_evidence.values - after.log_evidence.values, torch.full((4,), log_z).double())
+    assert torch.allclose(before.kl.values, after.kl.values)
+    assert (after.errors.abs() < 4).all()
