@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.families import Family, MixtureOfNormals
+from pyrovae.farthest import farthest_points
 from pyrovae.guides.amortized import first_argument, require_net, run_encoder
 from pyrovae.guides.base import FamilyGuide
 from pyrovae.latents import LatentSpace
@@ -36,7 +37,7 @@ from pyrovae.nets.charts import ChartMLP
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.sites import bijection
 
-__all__ = ["Charts", "Generated", "furthest_points"]
+__all__ = ["Charts", "Generated"]
 
 _ROUNDS = 50  # of generation, before too few of what is drawn is called faithful
 
@@ -208,7 +209,7 @@ class Charts(FamilyGuide):
     ) -> Tensor:  # fmt: skip
         """Give every chart a place of its own before training: charts that start alike die or fold over one another.
 
-        Seeds are furthest points of the data. Chart a learns to redraw the data around seed a, at coordinates whose
+        Seeds are farthest points of the data. Chart a learns to redraw the data around seed a, at coordinates whose
         mean is the centre of its cube, the predictor to name the chart of the nearest seed; nets of model and guide are
         trained.
 
@@ -226,7 +227,7 @@ class Charts(FamilyGuide):
         parameters = [*self.parameters(), *model.charts.parameters(), *model.decoder.parameters()]
         optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
         with self._aside(), seeded(seed), torch.enable_grad():
-            seeds = furthest_points(x, self.num_charts, first=int(torch.randint(len(x), ())))
+            seeds, _ = farthest_points(x, self.num_charts, first=int(torch.randint(len(x), ())))
             distance = torch.cdist(x[seeds].flatten(1), x.flatten(1))
             near, nearest = distance.topk(number, largest=False).indices, distance.argmin(0)
             for _ in range(num_steps):
@@ -243,16 +244,3 @@ class Charts(FamilyGuide):
                 optimizer.step()
         optimizer.zero_grad()
         return seeds
-
-
-def furthest_points(x: Tensor, number: int, first: int = 0) -> Tensor:
-    """Indices of data each of which is as far as can be from all before it, `[number]`."""
-    if not 1 <= number <= len(x):
-        raise ValueError(f"{number} furthest points of {len(x)} data")
-    flat = x.flatten(1)
-    chosen = [first]
-    distance = torch.cdist(flat, flat[first : first + 1])[:, 0]
-    while len(chosen) < number:
-        chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, torch.cdist(flat, flat[chosen[-1] :][:1])[:, 0])
-    return torch.tensor(chosen, device=x.device)

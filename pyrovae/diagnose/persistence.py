@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import DataError
+from pyrovae.farthest import farthest_points
 
 __all__ = ["Persistence", "bottleneck", "dense", "landmarks", "persistence"]
 
@@ -96,17 +97,8 @@ def landmarks(x: Tensor, num: int, *, seed: int = 0) -> tuple[Tensor, float]:
     """
     if len(x) < num:
         raise DataError(f"{num} landmarks need as many points, got {len(x)}: give more, or lower num_landmarks")
-    start = int(torch.randint(len(x), (), generator=torch.Generator().manual_seed(seed)))
-    chosen, squared = [start], (x - x[start]).square().sum(1)
-    while len(chosen) < num:
-        farthest = int(squared.argmax())
-        if not squared[farthest] > 0:
-            raise DataError(
-                f"{num} landmarks need as many different points, got {len(chosen)}: give more, or lower num_landmarks"
-            )
-        chosen.append(farthest)
-        squared = torch.minimum(squared, (x - x[farthest]).square().sum(1))
-    return torch.tensor(chosen, device=x.device), float(squared.max().sqrt())
+    first = int(torch.randint(len(x), (), generator=torch.Generator().manual_seed(seed)))
+    return farthest_points(x, num, first)
 
 
 def dense(x: Tensor) -> Tensor:

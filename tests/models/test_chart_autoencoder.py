@@ -14,7 +14,8 @@ from torch.distributions import Normal
 from pyrovae import evidence, fit, generate, guides, losses
 from pyrovae.compat import compatible
 from pyrovae.errors import DataError, IncompatibleError
-from pyrovae.guides.charts import Charts, furthest_points
+from pyrovae.farthest import farthest_points
+from pyrovae.guides.charts import Charts
 from pyrovae.losses.charts import ChartLoss
 from pyrovae.models import VAE
 from pyrovae.models.chart_autoencoder import ChartAutoencoder
@@ -285,12 +286,14 @@ def test_nearest_neighbours_by_hand():
         coverage(generated, torch.zeros(3, 2))
 
 
-def test_furthest_points_of_a_line():
+def test_farthest_points_of_a_line():
     x = torch.tensor([0.0, 1.0, 2.0, 7.0, 10.0]).reshape(5, 1, 1)
-    assert furthest_points(x, 4).tolist() == [0, 4, 3, 2]
-    assert furthest_points(x, 2, first=4).tolist() == [4, 0]
-    with pytest.raises(ValueError, match="6 furthest points of 5"):
-        furthest_points(x, 6)
+    chosen, radius = farthest_points(x, 4)
+    assert chosen.tolist() == [0, 4, 3, 2]
+    assert radius == 1
+    assert farthest_points(x, 2, first=4)[0].tolist() == [4, 0]
+    with pytest.raises(DataError, match="6 farthest points need as many points, got 5"):
+        farthest_points(x, 6)
 
 
 def trained(loss, steps):
