@@ -32,7 +32,7 @@ class EnergyPriorVAE(Tilted, VAE):
     Example:
         >>> import torch
         >>> from pyrovae.nets import MLP
-        >>> model = EnergyPriorVAE(torch.nn.Linear(2, 5), 2, MLP([2, 16, 1]), chain=PriorChain(20, 0.2))
+        >>> model = EnergyPriorVAE(torch.nn.Linear(2, 5), 2, MLP([2, 16, 1]), chain=PriorChain(40, 0.4))
         >>> model(None, size=3).shape
         torch.Size([3, 5])
         >>> model.normalised

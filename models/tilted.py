@@ -43,10 +43,20 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class PriorChain(NamedTuple):
-    """The chain that draws from a tilted prior: K steps of noise scale s (in whitened coordinates)."""
+    """The chain that draws from a tilted prior: K steps of noise scale s (in whitened coordinates).
+
+    Under a linear tilt a^T e, whose p is N(a, I), its draws have mean (1 - m) a with m = (1 - s^2/2)^K. A chain that
+    keeps much of its start therefore never reaches codes that have moved with the tilt, the negative phase stays
+    behind the positive one, and in training energy, codes and decoder run away together.
+    """
 
     num_steps: int = 60
     step_size: float = 0.4
+
+    @property
+    def memory(self) -> float:
+        """m, the share of its start that is left at its end."""
+        return abs(1 - 0.5 * self.step_size**2) ** self.num_steps
 
 
 DEFAULT_CHAIN = PriorChain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import pyro
@@ -24,6 +25,7 @@ from pyrovae.models.joint_energy_prior import JointEnergyPrior
 from pyrovae.models.tilted import PriorChain
 from pyrovae.models.vae import VAE
 from pyrovae.nets import MLP, LadderDecoder
+from pyrovae.optim import Adam
 from pyrovae.training import fit
 
 
@@ -183,7 +185,7 @@ def test_learns_a_prior_of_two_modes(scheme):
 
 
 def _models(dtype=torch.float32):
-    chain = PriorChain(3, 0.2)
+    chain = PriorChain(3, 1.2)
     return {
         "one": EnergyPriorVAE(nn.Linear(3, 5), 3, MLP([3, 8, 1]), chain=chain).to(dtype),
         "joint": JointEnergyPrior(LadderDecoder([2, 1], (5,), 8), [2, 1], MLP([3, 8, 1]), chain=chain).to(dtype),
@@ -292,7 +294,7 @@ class _Subsampled(EnergyPriorVAE):
 @pytest.mark.parametrize("kind", ["amortized", "short-run", "stock"])
 def test_the_negative_phase_scales_as_the_plate(kind):
     """N / B = 50 multiplies both phases: gradients are 50 times those of the batch alone."""
-    model, x = _Subsampled(nn.Linear(3, 5), 3, MLP([3, 8, 1]), chain=PriorChain(3, 0.2)), _data(4)
+    model, x = _Subsampled(nn.Linear(3, 5), 3, MLP([3, 8, 1]), chain=PriorChain(3, 1.2)), _data(4)
 
     def stock(x):
         with pyro.plate("data", model.total, subsample=torch.arange(len(x))):
@@ -421,3 +423,26 @@ def test_training_forgets_a_measured_log_z():
     # Optimisers of Pyro move `p.data`, which leaves no trace in a parameter's version.
     SVI(model, guide, pyro.optim.ClippedAdam({"lr": 1e-2}), EnergyELBO()).step(x)
     assert not model.normalised
+
+
+def _translated(num_steps):
+    """Norm of the linear tilt after training a model in which all codes may move along with it."""
+    torch.manual_seed(0)
+    energy = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        energy.weight.copy_(torch.tensor([[2.0, 0.0]]))
+    model = EnergyPriorVAE(nn.Linear(2, 3), 2, energy, "gaussian", noise=0.3, chain=PriorChain(num_steps, 0.3))
+    guide = guides.Amortized(model, nn.Linear(3, 4))
+    x = torch.randn(200, 3) @ torch.randn(3, 3)
+    fit(model, guide, x, loss=losses.EnergyELBO(), epochs=60, optimizer=Adam(lr=0.05), progress=False)
+    return float(energy.weight.detach().norm())
+
+
+def test_a_chain_that_keeps_its_start_runs_away_and_says_so():
+    """A translation of codes, decoder and tilt moves no density: only a draw that lags makes it grow."""
+    with pytest.warns(UserWarning, match=r"PriorChain\(num_steps=20, step_size=0.3\) keeps 40% of its start"):
+        lagging = _translated(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine = _translated(100)
+    assert lagging > 2 * fine

@@ -18,7 +18,7 @@ from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.runtime import seeded
 from pyrovae.schedules import Schedule
 
-__all__ = ["Arm", "Experiment", "Preset", "Setup", "Split", "load", "override", "published_start", "setup"]
+__all__ = ["Arm", "Experiment", "Preset", "Setup", "Split", "Trained", "load", "override", "published_start", "setup"]
 
 Likelihood = Literal["bernoulli", "gaussian", "categorical"]
 
@@ -39,6 +39,7 @@ class Preset:
         kl_epochs: epochs in which the KL weight rises from 0.1 to 1; 0: no schedule.
         extra_rows, extra_steps: of what an experiment measures beside bounds (see its file).
         max_words: of a text's vocabulary.
+        energy_rate: step size of energies, as a share of the others'.
     """
 
     epochs: int
@@ -56,6 +57,7 @@ class Preset:
     extra_rows: int = 0
     extra_steps: int = 0
     max_words: int | None = None
+    energy_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class Split:
     """The rows an experiment works on, with labels where the data set has them.
 
     Attributes:
+        source: the data set (`ImageData`, `TextData` or an experiment's own), with a name, a fingerprint and, in words,
+            its split.
         test: what bounds are taken on.
         wide, wide_labels: the first `extra_rows` test data, for what takes no importance samples.
     """
 
-    source: ImageData | TextData
+    source: Any
     train: Tensor | Sentences
     validation: Tensor | Sentences | None
     test: Tensor | Sentences
@@ -83,7 +87,7 @@ class Split:
     @property
     def fingerprint(self) -> str:
         """Hash of the data set."""
-        return self.source.fingerprint
+        return str(self.source.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,25 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What an arm that trains by itself says of it; the names are those of `FitResult`."""
+
+    objective: str
+    curve: list[float]
+    steps: int
+    epochs: int
+    kl_weight: float = 1.0
+
+    @property
+    def best_epoch(self) -> int:
+        return self.epochs
+
+    @property
+    def validation(self) -> list[tuple[int, float]]:
+        return []
+
+
+@dataclass(frozen=True)
 class Arm:
     """One method.
 
@@ -120,6 +143,8 @@ class Arm:
         loss: makes the training loss; None for `fit`'s default.
         model: the arm's own model; the experiment's by default.
         prepare: what is done to model and guide before training.
+        train: trains model and guide in place of `fit`, from a seed, without a pause; None for `fit`.
+        baseline: the arm from which this one's differences are taken, instead of the experiment's.
         judge: the guide that evaluates the trained model, for guides without a density.
         published: the paper's number on this experiment's scale, nats; None where there is none.
         schedule: makes the stages of training, for `fit`; None steps all at once.
@@ -136,6 +161,8 @@ class Arm:
     loss: Callable[[], Any] | None = None
     model: Callable[[Preset, Split], nn.Module] | None = None
     prepare: Callable[[Setup, Any, int], None] | None = None
+    train: Callable[[Setup, Any, int], Trained] | None = None
+    baseline: str | None = None
     judge: Callable[[Setup], Any] | None = None
     schedule: Callable[[Preset, Split], Schedule] | None = None
     kl_epochs: int | None = None
@@ -158,10 +185,12 @@ class Experiment:
     Attributes:
         name, title, paper: what is reproduced, and after whom.
         data, binarization, preprocessing, logit_lambda: of `pyrovae.data.load`, or the name of a text.
+        split: makes the data, where they are no files.
         pictures: whether data are `[N, 1, H, W]` instead of `[N, X]`.
         likelihood: of the model.
         model: the untrained model; by default a VAE with an MLP decoder.
-        baseline: arm from which paired differences are taken.
+        baseline: arm from which paired differences are taken; a name for what they are taken from, in words, where
+            arms have baselines of their own.
         arms: in the order of training.
         presets: "quick" and "paper".
         seeds: of the runs that make up a result, unless one is asked for.
@@ -174,6 +203,8 @@ class Experiment:
         activation, start: of the nets; `start` sets the first weights of a net.
         measure: (guide, split, preset, progress, name of the arm) -> rows of further tables; not of arms without
             latents.
+        facts: from the runs of all seeds to sentences on them.
+        picture: from the runs of all seeds to a figure.
     """
 
     name: str
@@ -199,6 +230,13 @@ class Experiment:
     model: Callable[[Preset, Split], nn.Module] | None = None
     pictures: bool = False
     measure: Callable[[Any, Split, Preset, bool, str], list[dict[str, Any]]] | None = None
+    split: Callable[[Preset], Split] | None = None
+    facts: Callable[[list[dict[str, Any]]], list[str]] | None = None
+    picture: Callable[[list[dict[str, Any]]], Any] | None = None
+
+    def baseline_of(self, name: str) -> str:
+        """The arm from which the differences of an arm are taken."""
+        return next((arm.baseline for arm in self.arms if arm.name == name and arm.baseline), self.baseline)
 
 
 def load(experiment: Experiment, preset: Preset, device: str, path: str | None = None) -> Split:
@@ -207,7 +245,14 @@ def load(experiment: Experiment, preset: Preset, device: str, path: str | None =
 
     Binarisation and dequantisation have seed 0 whatever the seed of a run: all runs share one test set. Grey values
     are centred by the mean training image (which moves no density).
+
+    Raises:
+        ValueError: a path for an experiment that makes its own data.
     """
+    if experiment.split is not None:
+        if path is not None:
+            raise ValueError(f"{experiment.name} makes its own data: leave --data out")
+        return experiment.split(preset)
     if experiment.data in _TEXTS:
         text = data.load_text(experiment.data, max_words=preset.max_words, root=path)
         parts = text.train[: preset.train_rows], text.valid[: preset.validation_rows], text.test[: preset.test_rows]

@@ -110,8 +110,17 @@ def _fit(
     validation = split.validation
     return fit(
         model, guide, split.train, loss=loss, schedule=schedule, epochs=epochs, batch_size=preset.batch_size,
-        optimizer=Adam(lr=preset.learning_rate, eps=preset.adam_eps),
+        optimizer=_optimizer(preset),
         transform=getattr(split.source, "transform", None), kl_weight=kl_weight, validation=validation,
         patience=None if validation is None else _FOREVER, max_norm=preset.max_norm, seed=seed, checkpoint=path,
         checkpoint_every=500, description=label, progress=progress,
     )  # fmt: skip
+
+
+def _optimizer(preset: Preset) -> Adam:
+    def slower(name: str) -> dict[str, float]:
+        if preset.energy_rate is None or "energy" not in name.split("."):
+            return {}
+        return {"lr": preset.learning_rate * preset.energy_rate}
+
+    return Adam(lr=preset.learning_rate, eps=preset.adam_eps, per_parameter=slower)

@@ -20,6 +20,7 @@ Wu & Han 2023).
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from pyrovae.plates import read_plate
 __all__ = ["EnergyELBO"]
 
 _RUNAWAY = 1e9  # nats
+_MEMORY = 0.05  # that a prior's chain may keep of its start
 
 
 class EnergyELBO(PyroELBO):
@@ -121,6 +123,12 @@ class EnergyELBO(PyroELBO):
     def _negative(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Scalar, nats of all data: its gradient is that of N log Z."""
         model.forget_log_z()
+        if model.chain.memory > _MEMORY:
+            warnings.warn(
+                f"the prior's {model.chain} keeps {model.chain.memory:.0%} of its start, so its draws stay behind the "
+                "tilt and training may run away: take more steps, or a step size nearer to 0.4",
+                stacklevel=3,
+            )
         plate = read_plate(model, getattr(guide, "plate", None) or "data", args, kwargs)
         f, log_base = model.negative_phase(plate.size)
         if not (torch.isfinite(f) & (f.abs() < _RUNAWAY)).all():

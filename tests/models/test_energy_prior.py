@@ -37,7 +37,7 @@ class Quadratic(nn.Module):
 
 
 def models(dtype=torch.float32):
-    chain = PriorChain(3, 0.2)
+    chain = PriorChain(3, 1.2)
     return {
         "one": EnergyPriorVAE(nn.Linear(3, 5), 3, MLP([3, 8, 1]), chain=chain).to(dtype),
         "joint": JointEnergyPrior(LadderDecoder([2, 1], (5,), 8), [2, 1], MLP([3, 8, 1]), chain=chain).to(dtype),
@@ -321,7 +321,7 @@ def test_hierarchy_trains_as_a_plain_model():
 def test_diagnostics_say_what_a_tilted_prior_leaves_open():
     """KL is to the base; log p(x) of an audit lacks log Z until it is measured, the divergences never do."""
     torch.manual_seed(0)
-    model = EnergyPriorVAE(nn.Linear(1, 5), 1, Quadratic([3.0], [2.0]), chain=PriorChain(3, 0.2)).double()
+    model = EnergyPriorVAE(nn.Linear(1, 5), 1, Quadratic([3.0], [2.0]), chain=PriorChain(3, 1.2)).double()
     guide, x = guides.Amortized(model, nn.Linear(5, 2).double()), data(4, torch.double)
     assert "KL to the prior's base" in repr(diagnose.information(model, guide, x))
     before = diagnose.audit(model, guide, x, num_samples=4000)
