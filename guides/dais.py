@@ -9,8 +9,10 @@ K leapfrog steps along bridges from the base to the posterior, momentum partiall
     ELBO = E[ log p(x, u_K) - log q_0(u_0) + sum_k (log N(v'_k) - log N(v_{k-1})) ]
 
 v is standard normal under the refreshment, and every step is a composition of shears, so the last line is a lower
-bound for any step sizes e_k, scales s, bridges and c; all are learnt with the base, by the same bound. Its gradient
-needs second derivatives of the log-joint: with ReLU decoders those of the nets' hidden layers are zero.
+bound for any step sizes e_k, scales s, bridges and c; all are learnt with the base, by the same bound. Its pathwise
+gradient needs second derivatives of the log-joint. With ReLU decoders those of the nets' hidden layers are zero almost
+everywhere, and a step jumps where a unit switches: the bound holds, but its gradient misses the jumps and is biased.
+Smooth activations (`nn.SiLU`, `nn.ELU`) have no such fault.
 
 Against NumPyro's AutoDAIS: scales are in units of the base's standard deviations (there a mass vector), which suits
 amortization, as posteriors differ from datum to datum; step sizes are kept below their maximum by a sigmoid (there by

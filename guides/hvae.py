@@ -12,7 +12,9 @@ which cancels the density of v_0. After a start with much energy the momentum is
     1 / sqrt(beta_k) = (1 - 1 / sqrt(beta_0)) (k / K)^2 + 1 / sqrt(beta_0)
 
 The flow is deterministic given gamma, and what it may learn from the datum is in its gradients. Step sizes (one for
-each dimension, in standard deviations of the base) and beta_0 are learnt.
+each dimension, in standard deviations of the base) and beta_0 are learnt. A step jumps where a ReLU unit of the decoder
+switches, which pathwise gradients miss: the bound holds, but its gradient is biased. Smooth activations have no such
+fault.
 """
 
 from __future__ import annotations

@@ -144,10 +144,20 @@ def boosted(best: Best) -> guides.BoostedVI:
 
 
 def dais(best: Best) -> guides.DAIS:
+    _require_smooth(best.problem)
     return guides.DAIS(amortized(best), 4)
 
 
+def _require_smooth(problem: Problem) -> None:
+    if problem.kinks is not None:
+        raise NotCertified(
+            "trained by biased gradients: a leapfrog step jumps where the log-joint has a kink, which pathwise "
+            "gradients miss"
+        )
+
+
 def hvae(best: Best) -> guides.HVAE:
+    _require_smooth(best.problem)
     return guides.HVAE(amortized(best), 3, dim=best.problem.dim)
 
 

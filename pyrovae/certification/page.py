@@ -77,7 +77,7 @@ def joint_to_rich(outcome: Outcome) -> Any:
     return table
 
 
-_STYLES = {"FAIL": "bold red", "not certified": "dim"}
+_STYLES = {"FAIL": "bold red", "local optimum": "yellow", "not certified": "dim"}
 
 
 def _table(title: str, caption: str, columns: Sequence[str]) -> Any:
@@ -95,8 +95,9 @@ def _table(title: str, caption: str, columns: Sequence[str]) -> Any:
 
 
 def _summary(checks: Sequence[Check | JointCheck]) -> str:
-    counts = {word: sum(c.verdict == word for c in checks) for word in ("pass", "FAIL", "not certified")}
-    return f"{counts['pass']} pass, {counts['FAIL']} fail, {counts['not certified']} not certified"
+    counts = {word: sum(c.verdict == word for c in checks) for word in ("pass", *_STYLES)}
+    local = f"{counts['local optimum']} in a local optimum, " if counts["local optimum"] else ""
+    return f"{counts['pass']} pass, {local}{counts['FAIL']} fail, {counts['not certified']} not certified"
 
 
 def joint_rows(checks: Sequence[JointCheck]) -> list[list[str]]:
@@ -179,7 +180,9 @@ Standard errors are those of the draws, or those between calls where they are la
 anew on each call). Training error has none: the tolerance is for it. In brackets: the error in standard errors.
 
 Several members may be equally good (a Gaussian on either of two equal modes). A guide is held against the nearest of
-those within the ELBO's tolerance of the best. Laplace's standard is the nearest mode.
+those within the ELBO's tolerance of the best. Laplace's standard is the nearest mode. Worse optima exist, too, and
+gradients followed from one start may end there: a guide that misses the best member, but is right by the same rule for
+the nearest other optimum of its family, is marked "local optimum" with the nats it lacks. It is no pass, and no fault.
 
 Some rows have other standards. The best member of a flow's family is not known: a flow must be at least as good as the
 best Gaussian it contains (>), and its bounds must stay below log p(x). `ShortRun` has no density: its draws are held

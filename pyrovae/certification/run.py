@@ -54,8 +54,9 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
         say(to_rich(outcome))
     if outcome.joint:
         say(joint_to_rich(outcome))
-    for check in outcome.failed:
-        say(f"FAIL {check.guide} on {check.problem}: {'; '.join(check.reasons)}")
+    for check in (*outcome.checks, *outcome.joint):
+        if check.verdict in ("FAIL", "local optimum"):
+            say(f"{check.verdict} {check.guide} on {check.problem}: {'; '.join(check.reasons)}")
     if settings.page is not None:
         path = Path(settings.page)
         path.parent.mkdir(parents=True, exist_ok=True)

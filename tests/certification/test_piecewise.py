@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pyrovae import guides, losses
 from pyrovae.certification import problems
 from pyrovae.certification.best import Best
-from pyrovae.certification.checks import certify
+from pyrovae.certification.builders import Lookup
+from pyrovae.certification.checks import certify, measure
 from pyrovae.certification.members import Mixtures, Normals
 from pyrovae.certification.recipes import RECIPES
+from pyrovae.guides.amortized import Amortized
 from pyrovae.guides.exact import Exact
 
 
@@ -91,3 +94,48 @@ def test_a_shifted_one_fails(kinked):
     check = certify("exact", recipe, kinked, seed=0, num_samples=4000)
     assert check.verdict == "FAIL"
     assert not check.mean.ok
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "local optimum"), (0.3, "FAIL")])
+def test_a_worse_optimum_is_told_from_a_fault(kinked, shift, verdict):
+    """A Gaussian put on the family's second-best optimum for the datum with two modes, and beside it."""
+    standard = kinked.diagonal
+    members, index = standard.members, standard.elbo.argmax(0)
+    worse = standard.elbo[:, 2] < standard.best[2] - 0.05
+    index[2] = torch.where(worse, standard.elbo[:, 2], -torch.inf).argmax()
+    loc, tril = members.pick(index)
+    lam = torch.cat([loc[0] + shift * tril[0, ..., 0], 2 * tril[0, ..., 0].log()], -1)
+    guide = Amortized(kinked.problem.model, Lookup(kinked.problem.x, lam))
+    check = measure("amortized", RECIPES["amortized"], standard, guide, kinked, seed=0, num_samples=10_000)
+    assert check.verdict == verdict, check.reasons
+    if verdict == "local optimum":
+        lacking = float(standard.best[2] - standard.elbo[index[2], 2])
+        assert f"up to {lacking:.2g} nats below the best member" in check.reasons[0]
+    else:
+        assert not check.elbo.ok
+
+
+@pytest.mark.parametrize(("problem", "biased"), [(problems.PiecewiseAffine, True), (problems.Logistic, False)])
+def test_leapfrog_steps_over_kinks_have_biased_gradients(problem, biased):
+    """Automatic and finite differences of a DAIS bound in its step size, over the same draws."""
+    x, model = problem().x, problem().model
+    dim = problem().dim
+    lam = torch.cat([torch.zeros(len(x), dim), torch.full((len(x), dim), -1.0)], -1).double()
+    guide = guides.DAIS(Amortized(model, Lookup(x, lam)), 4)
+    loss = losses.ELBO("stratified", num_particles=20_000)
+
+    def value():
+        torch.manual_seed(0)
+        return loss.differentiable_loss(model, guide, x)
+
+    def moved(by):
+        with torch.no_grad():
+            guide.step[0] += by
+            found = float(value())
+            guide.step[0] -= by
+        return found
+
+    guide.step.data[0] = 1.0
+    (slope,) = torch.autograd.grad(value(), guide.step)
+    difference = (moved(0.02) - moved(-0.02)) / 0.04
+    assert (abs(float(slope[0]) - difference) > 0.05) == biased, (slope, difference)
