@@ -176,11 +176,14 @@ def information(
             "reference.compare"
         )
 
+    posteriors: list[Any] = []  # of the chunks, in order: finding one may be dear
+
     def measure(*some: Any, **named: Any) -> Tensor:
         """Draws and, as one more latent, log q - log p at the scored ones, `[S, b, D + 1]`."""
         with guide._aside():
             log_joint = guide.space(*some, **named).bind(*some, **named)
-            u, log_q = guide._sampler(*some, **named).draw(num_samples)
+            posteriors.append(guide._sampler(*some, **named))
+            u, log_q = posteriors[-1].draw(num_samples)
             excess = torch.full_like(log_q, torch.nan)
             excess[:scored] = log_q[:scored] - log_joint.terms(u[:scored])[0]
             return torch.cat([u, excess.unsqueeze(-1)], dim=-1).double()
@@ -189,7 +192,8 @@ def information(
         measure, (model, guide), args, kwargs, plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk
     )
     u, excess = found[..., :-1], found[:scored, :, -1]
-    mutual = _mutual_information(model, guide, u[:10], args, kwargs) if mixture else None
+    points = u[:10].to(guide.space(*args, **kwargs).dtype)
+    mutual = _mutual_information(guide, posteriors, points, chunk) if mixture else None
     return Information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(scored),
         mutual_information=mutual, cap=math.log(u.shape[1]),
@@ -213,34 +217,41 @@ def mutual_information(
     require_pair(model, guide, None)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not hasattr(guide, "_sampler"):
+        raise NoDensityError(f"{guide!r} has no density, so its mutual information is unknown")
+    posteriors: list[Any] = []
+
+    def draw(*some: Any, **named: Any) -> Tensor:
+        with guide._aside():
+            posteriors.append(guide._sampler(*some, **named))
+            drawn: Tensor = posteriors[-1].draw(num_samples)[0]
+            return drawn
+
     u = per_chunk(
-        lambda *some, **named: guide.draws(num_samples, *some, **named), (model, guide), args, kwargs,
-        plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk,
-    )  # fmt: skip
-    found = _mutual_information(model, guide, u, args, kwargs)
+        draw, (model, guide), args, kwargs, plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk
+    )
+    found = _mutual_information(guide, posteriors, u, chunk)
     if found is None:
         raise NoDensityError(f"{guide!r} has no posterior density in closed form, so its mutual information is unknown")
     return found
 
 
-def _mutual_information(
-    model: Any, guide: Any, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> float | None:
-    """From draws `[S, N, D]`, all N posteriors at each."""
-    with torch.no_grad(), preserve_rng(), evaluating(model, guide), isolated():
-        try:
-            q = guide.posterior(*args, **kwargs)
-        except NoDensityError:  # a chain: its density lives on a larger space
-            return None
-        if guide.plate is None:
-            return 0.0
-        like = guide.space(*args, **kwargs)
-        points = u.to(like.dtype).to(like.device).flatten(0, 1).unsqueeze(1)  # [S N, 1, D]
-        number = u.shape[1]
-        own = torch.arange(number, device=points.device).repeat(len(u))  # which posterior each point is a draw of
-        total, block = 0.0, max(1, _BLOCK // number)
-        for some, its in zip(points.split(block), own.split(block), strict=True):
-            densities = q.log_prob(some.expand(-1, number, -1)).double()
+def _mutual_information(guide: Any, posteriors: list[Any], u: Tensor, chunk: int) -> float | None:
+    """From draws `[S, N, D]`, all N posteriors at each; None of chains, whose density lives on a larger space."""
+    if guide.plate is None:
+        return 0.0
+    number = u.shape[1]
+    sizes = [number] if len(posteriors) == 1 else [min(chunk, number - at) for at in range(0, number, chunk)]
+    own = torch.arange(number, device=u.device).repeat(len(u))  # which posterior each point is a draw of
+    total, block = 0.0, max(1, _BLOCK // number)
+    with torch.no_grad(), preserve_rng(), evaluating(guide.model, guide), isolated():
+        for points, its in zip(u.flatten(0, 1).unsqueeze(1).split(block), own.split(block), strict=True):
+            try:
+                densities = torch.cat([
+                    q.frozen_log_prob(points.expand(-1, size, -1)) for q, size in zip(posteriors, sizes, strict=True)
+                ], dim=-1).double()  # fmt: skip
+            except NoDensityError:
+                return None
             mine = densities.gather(1, its.unsqueeze(1))[:, 0]
             total += float((mine - torch.logsumexp(densities, -1)).sum())
     return total / len(own) + math.log(number)

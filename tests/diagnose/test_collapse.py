@@ -10,8 +10,8 @@ from bench import problems
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from pyrovae import guides
-from pyrovae.diagnose.collapse import active_units, information
+from pyrovae import guides, models
+from pyrovae.diagnose.collapse import active_units, information, mutual_information
 from pyrovae.errors import IncompatibleError, NoDensityError
 
 MODEL, X = problems.ppca(rows=40, latent=3, pixels=8, noise=1.0)
@@ -178,3 +178,20 @@ def test_active_units_agree_with_information_where_there_is_a_density():
         active_units(MODEL, exact(), X, num_samples=9)
     with pytest.raises(IncompatibleError, match="pyrovae.guides"):
         active_units(MODEL, lambda x: None, X)
+
+
+@pytest.mark.parametrize("measure", [information, mutual_information])
+def test_posteriors_are_found_once(measure, monkeypatch):
+    """A search for every datum is dear: mutual information takes the densities of the posteriors already found."""
+    torch.manual_seed(0)
+    model = models.PPCA(torch.randn(4, 2), noise=0.5)
+    guide, x = guides.LocalSVI(model, num_samples=4, max_steps=5), torch.randn(7, 4)
+    searched, refine = [], type(guide)._refine
+
+    def counted(self, x):
+        searched.append(len(x))
+        return refine(self, x)
+
+    monkeypatch.setattr(type(guide), "_refine", counted)
+    measure(model, guide, x, chunk=3)
+    assert searched == [3, 3, 1]
