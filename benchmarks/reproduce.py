@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from reproduction import EXPERIMENTS
-from reproduction.experiment import override
+from reproduction import EXPERIMENTS, GROUPS
+from reproduction.experiment import Experiment, override
 from reproduction.page import show, write_page
 from reproduction.runner import Options, run
 
@@ -28,12 +28,19 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"wrote {PAGE}")
         return
     if given.name is None:
-        _parser().error(f"name an experiment ({', '.join(EXPERIMENTS)}), or pass --page")
-    experiment = EXPERIMENTS[given.name]
+        _parser().error(f"name an experiment ({', '.join([*EXPERIMENTS, *GROUPS])}), or pass --page")
+    if given.name in EXPERIMENTS:
+        _run(EXPERIMENTS[given.name], given, given.out or RUNS / given.name)
+    for name in GROUPS.get(given.name, ()):
+        _run(EXPERIMENTS[name], given, (given.out or RUNS) / name)
+    print("all results together: python benchmarks/reproduce.py --page")
+
+
+def _run(experiment: Experiment, given: argparse.Namespace, folder: Path) -> None:
+    """Every seed of an experiment, its tables and its picture."""
     preset = override(
         experiment.presets[given.preset], epochs=given.epochs, train_rows=given.train_rows, test_rows=given.test_rows
     )
-    folder = given.out or RUNS / given.name
     seconds = None if given.time_limit is None else 60 * given.time_limit
     seeds = experiment.seeds if given.seed is None else (given.seed,)
     results = [
@@ -45,12 +52,14 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in seeds
     ]  # fmt: skip
     show(experiment, results)
-    print(f"see results.json below {folder}; all results together: python benchmarks/reproduce.py --page")
+    if experiment.picture is not None:
+        experiment.picture(results).savefig(folder / f"{given.preset}.png")
+    print(f"see results.json below {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
+    parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS, *GROUPS], help="the experiment")
     parser.add_argument("--preset", choices=("quick", "paper"), default="quick")
     parser.add_argument("--seed", type=int, help="of first weights, training and estimators, instead of all seeds")
     parser.add_argument("--epochs", type=int, help="instead of the preset's")

@@ -29,6 +29,8 @@ else:
     from pyrovae.guides.short_run import ShortRun, text_steps
     from pyrovae.guides.step_size import tune_step_size
 
+    # For any model with continuous latents ("exact": that has a `posterior`). Not here, as they are of one model alone:
+    # Charts (of a ChartAutoencoder), Classified (of a VLAC), ForwardProcess (of a Diffusion).
     REGISTRY = {
         "amortized": Amortized,
         "boosted-vi": BoostedVI,
@@ -42,6 +44,7 @@ else:
         "dais": DAIS,
         "hvae": HVAE,
         "escalating": Escalating,
+        "exact": Exact,
     }
 
     __all__ = [

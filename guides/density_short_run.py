@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class DensityShortRun(ChainGuide):
         where steps were not injective, so that the weights are no bound.
     """
 
-    traits = GuideTraits(name="DensityShortRun", marginal=False, stratified=True)
+    traits = GuideTraits(name="DensityShortRun", marginal=False, stratified=True, from_prior=True)
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class DensityShortRun(ChainGuide):
         super().__init__(model, plate=plate, batched=batched)
         self.steps = step_sizes(num_steps, step_size)
         self.num_steps, self.temperature, self.init = num_steps, float(temperature), init
+        self.traits = replace(type(self).traits, from_prior=init is None)
 
     def _describe(self) -> str:
         return f"num_steps={self.num_steps}, "

@@ -28,8 +28,10 @@ else:
 
     # Models with latents for a guide to infer.
     REGISTRY = {
-        "vae": VAE, "ppca": PPCA, "ladder": LadderVAE, "vlac": VLAC, "pixelcnn": PixelCNNVAE, "lossy": LossyVAE,
-        "text": TextVAE,
+        "vae": VAE, "ppca": PPCA, "piecewise-affine": PiecewiseAffineVAE, "energy-prior": EnergyPriorVAE,
+        "ladder": LadderVAE, "joint-energy": JointEnergyPrior, "hierarchical": HierarchicalVAE,
+        "hierarchical-energy": HierarchicalEnergyPrior, "vlac": VLAC, "pixelcnn": PixelCNNVAE, "lossy": LossyVAE,
+        "charts": ChartAutoencoder, "diffusion": Diffusion, "text": TextVAE,
     }  # fmt: skip
 
     __all__ = [

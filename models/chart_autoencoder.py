@@ -42,7 +42,7 @@ class ChartAutoencoder(Decoded):
         torch.Size([3, 9])
     """
 
-    traits = ModelTraits()
+    traits = ModelTraits(enumerated=True, charts=True)
 
     def __init__(
         self,

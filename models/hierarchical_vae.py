@@ -55,12 +55,18 @@ class HierarchicalVAE(LadderVAE):
         if not scale_floor >= 0:
             raise ValueError(f"scale_floor must not be negative, got {scale_floor}")
         self.conditionals, self.scale_floor = nn.ModuleList(conditionals), scale_floor
+        del self.fade  # layers reach the decoder through one another: none of them can come in later
 
     def prior(self, level: int, above: Tensor | None = None) -> Any:
         """p(z_l | z_{l+1}) of the layer at `level` (0 is the shallowest), given `above: [*lead, d_{l+1}]`; of the
         deepest one, p(z_L)."""
+        return dist.Normal(*self.moments(level, above)).to_event(1)
+
+    def moments(self, level: int, above: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """mu_l and s_l of `prior`, `[*lead, d_l]`; of the deepest layer zeros and ones, `[d_L]`."""
         if level == len(self.sizes) - 1:
-            return super().prior(level)
+            zero = self.origin[: self.sizes[level]]
+            return zero, torch.ones_like(zero)
         if above is None:
             raise ValueError(f"layer {level} depends on the one above it: pass above=..., draws of z{level + 2}")
         found = self.conditionals[level](above.reshape(-1, above.shape[-1]))
@@ -70,7 +76,7 @@ class HierarchicalVAE(LadderVAE):
                 f"{2 * self.sizes[level]} numbers, but gives {found.shape[-1]}"
             )
         loc, log_scale = found.reshape(*above.shape[:-1], -1).chunk(2, -1)
-        return dist.Normal(loc, self.scale_floor + log_scale.exp()).to_event(1)
+        return loc, self.scale_floor + log_scale.exp()
 
     def latents(self) -> Tensor:
         z: list[Tensor] = []
@@ -83,16 +89,17 @@ class HierarchicalVAE(LadderVAE):
         total, above = z.new_zeros(len(z)), None
         for level in reversed(range(len(self.sizes))):
             here = z[..., self.groups[f"z{level + 1}"]]
-            total = total + self.prior(level, above).log_prob(here)
-            above = here
+            # Unchecked, here and below: of chains that ran away `losses.EnergyELBO` tells by their energy.
+            normal = torch.distributions.Normal(*self.moments(level, above), validate_args=False)
+            total, above = total + normal.log_prob(here).sum(-1), here
         return total
 
     def unwhiten(self, eps: Tensor) -> Tensor:
         """z = T(e), `[R, D]`: what draws of standard normals e, deepest layer first, become."""
         z: list[Tensor] = []
         for level in reversed(range(len(self.sizes))):
-            normal = self.prior(level, z[-1] if z else None).base_dist
-            z.append(normal.loc + normal.scale * eps[..., self.groups[f"z{level + 1}"]])
+            loc, scale = self.moments(level, z[-1] if z else None)
+            z.append(loc + scale * eps[..., self.groups[f"z{level + 1}"]])
         return torch.cat(z, -1)
 
     def _decode(self, z: Tensor) -> Tensor:

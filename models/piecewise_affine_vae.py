@@ -12,6 +12,7 @@ Generative Networks".
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -146,6 +147,20 @@ class PiecewiseAffineVAE(PyroModule):
         layers, noise = self.layers_and_noise()
         maps = augmented(layers, posterior.cells.factors)[-1]
         return differentiable_evidence(posterior, maps, noise, x.double()).to(posterior.dtype)
+
+    def marginal(self, seen: Tensor) -> PiecewiseAffineVAE:
+        """The model of some outputs alone, a copy: its `posterior` and `log_evidence` are those given these outputs.
+
+        Args:
+            seen: which, `[X]` bool.
+        """
+        *hidden, last = self._linears
+        some = nn.Linear(last.in_features, 1)  # torch warns of layers without outputs, and nothing may be seen
+        some.weight, some.bias = (nn.Parameter(part.detach()[seen]) for part in (last.weight, last.bias))
+        some.out_features = len(some.bias)
+        found = PiecewiseAffineVAE([*copy.deepcopy(hidden), some], leak=self.leak)
+        found.parts["log_noise"].data.copy_(self.parts["log_noise"])
+        return found
 
     def layers_and_noise(self) -> tuple[list[Layer], Tensor]:
         """(W_l, v_l) of every layer and s, float64, with gradient."""

@@ -96,6 +96,14 @@ class PPCA(PyroModule):
         noise = (2 * self.log_noise).exp().expand(len(self.bias))
         return dist.LowRankMultivariateNormal(self.bias, self.weight, noise).log_prob(x)
 
+    def marginal(self, seen: Tensor) -> PPCA:
+        """The model of some outputs alone, a copy: its `posterior` and `log_evidence` are those given these outputs.
+
+        Args:
+            seen: which, `[X]` bool.
+        """
+        return PPCA(self.weight.detach()[seen], float(self.log_noise.exp()), self.bias.detach()[seen])
+
     def factorised_gap(self) -> Tensor:
         """KL of the best factorised Gaussian from the posterior, nats: 0.5 (sum_j log Lambda_jj - log|Lambda|)."""
         precision = self.precision()

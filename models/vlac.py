@@ -25,6 +25,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyrovae.compat import ModelTraits
 from pyrovae.mixture import MixtureOfNormals
 from pyrovae.models.decoded import Likelihood
 from pyrovae.models.ladder_vae import LadderVAE
@@ -71,6 +72,7 @@ class VLAC(LadderVAE):
         if not scale_floor > 0:
             raise ValueError(f"scale_floor must be positive, got {scale_floor}")
         self.classes, self.scale_floor, self.num_clusters = classes, scale_floor, tuple(num_clusters)
+        self.traits = ModelTraits(enumerated=classes == "enumerated")
         like = self.origin
         self.mixtures = nn.ModuleList(
             _Mixture(number, size, learn_weights).to(like.device, like.dtype)

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _ROOMS = (
     "data", "diagnose", "evidence", "export", "families", "flows", "generate", "guides", "handlers", "latents",
-    "losses", "models", "nets", "optim", "plots", "reference", "runtime", "samplers",
+    "losses", "models", "nets", "optim", "piecewise", "plots", "reference", "runtime", "samplers", "schedules",
 )  # fmt: skip
 _NAMES = {
     "LatentSpace": "pyrovae.latents",

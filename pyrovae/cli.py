@@ -58,17 +58,22 @@ def compare(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Option(help="vae, ppca, ladder, vlac, pixelcnn, lossy, text, language-model")] = "vae",
+    model: Annotated[str, typer.Option(
+        help="vae, ppca, piecewise-affine, energy-prior, ladder, joint-energy, hierarchical, hierarchical-energy, "
+        "vlac, pixelcnn, lossy, charts, diffusion, text or language-model"
+    )] = "vae",
     guide: Annotated[str, typer.Option(
-        help="amortized (the default), semi-amortized, laplace, mixture, short-run ...; a wrong name lists all"
+        help="amortized (the default), semi-amortized, laplace, mixture, short-run, exact ...; a wrong name lists all"
     )] = "",
     loss: Annotated[str, typer.Option(help="elbo, iwae, infovae, mae, free-bits ...; the guide's own by default")] = "",
     data: Annotated[str, typer.Option(help="images or text by name, or an .npz file")] = "digits",
     out: Annotated[str, typer.Option(help="folder to write; runs/fit-MODEL-DATA by default")] = "",
-    latent_dim: Annotated[int | None, typer.Option(min=1, help="latents per datum, of ladders per group")] = None,
+    latent_dim: Annotated[int | None, typer.Option(
+        min=1, help="latents per datum, of ladders per group, coordinates of a chart"
+    )] = None,
     epochs: Annotated[int, typer.Option(min=1, help="of training (at most 10 with --quick)")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="data in a training step")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="of Adam")] = 1e-3,
+    learning_rate: Annotated[float | None, typer.Option(help="of Adam; 0.001 or, of piecewise-affine, 0.005")] = None,
     kl_warmup: Annotated[int | None, typer.Option(
         min=0, help="epochs of a KL weight from 0.1 to 1; 10 by default for ladders and text, else 0"
     )] = None,
@@ -78,6 +83,7 @@ def fit(
     num_samples: Annotated[int, typer.Option(min=25, help="importance draws per datum")] = 1000,
     num_data: Annotated[int, typer.Option(min=2, help="test data evaluated, from the first")] = 1000,
     classes: Annotated[str, typer.Option(help="of vlac: collapsed or enumerated")] = "collapsed",
+    manifold: Annotated[str, typer.Option(help="of vae's latents: plane, torus or sphere")] = "plane",
     seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; 1 by default for small nets")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -94,7 +100,8 @@ def fit(
             model=model, guide=guide, loss=loss, data=data, out=out, latent_dim=latent_dim, epochs=epochs,
             batch_size=batch_size, learning_rate=learning_rate, kl_warmup=kl_warmup, schedule=schedule,
             binarization=binarization, patience=patience, num_samples=num_samples, num_data=num_data,
-            classes=cast(Any, classes), seed=seed, threads=threads, device=device, quick=quick, resume=resume,
+            classes=cast(Any, classes), manifold=cast(Any, manifold), seed=seed, threads=threads, device=device,
+            quick=quick, resume=resume,
         ), say)  # fmt: skip
 
     _after("fit", work, ParameterCollision, TrainingDiverged)

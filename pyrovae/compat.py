@@ -16,10 +16,14 @@ class ModelTraits:
     Attributes:
         latents: what kind of latent variables remain for a guide; "diffusion", a chain whose posterior is known.
         tilted: its prior has a factor whose normaliser depends on parameters (`models.tilted`).
+        enumerated: its program has discrete latents, which a `LatentSpace` sums out and a trace does not.
+        charts: it is an atlas, decoded chart by chart.
     """
 
     latents: Literal["continuous", "discrete", "mixed", "diffusion", "none"] = "continuous"
     tilted: bool = False
+    enumerated: bool = False
+    charts: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class GuideTraits:
         stratified: offers weighted draws (`Guide.stratified`).
         stages: is built up in stages, each with an objective of its own (`RecursiveMixture.stages`).
         charts: encodes a datum in every chart of an atlas (`Charts`).
+        from_prior: scores draws of the prior, whose density must be known.
         trainable: can be trained itself.
         latents: the latents it can treat.
         trained_by: the only loss that trains all of it, where that is one of Pyro's own.
@@ -51,6 +56,7 @@ class GuideTraits:
     stratified: bool = False
     stages: bool = False
     charts: bool = False
+    from_prior: bool = False
     trainable: bool = True
     trained_by: str = ""
     needs_posterior: bool = False
@@ -63,6 +69,8 @@ class LossTraits:
 
     Attributes:
         needs_density: whether the guide must have a density (True) or must have none (False); None takes both.
+        penalises: it has a penalty on the guide's posteriors.
+        scores_traces: it scores the model's own trace, in which no discrete latent is summed out.
         diffusion: it takes single steps of a diffusion's chain.
         negative_phase: it adds the gradient of a tilted prior's log Z, and needs one.
     """
@@ -75,6 +83,8 @@ class LossTraits:
     needs_stages: bool = False
     needs_charts: bool = False
     needs_gaussian_base: bool = False
+    penalises: bool = False
+    scores_traces: bool = False
     diffusion: bool = False
     negative_phase: bool = False
 
@@ -102,6 +112,13 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         )
     if m and g and m.latents not in g.latents:
         return f"{g.name} treats {' and '.join(g.latents)} latents, but the model's are {m.latents}"
+    if m and g and m.enumerated and g.from_prior:
+        return f"the model has discrete latents, without which {g.name} knows no density of the prior: pass it init=..."
+    if m and g and g.charts and not m.charts:
+        return (
+            f"{g.name} finds a datum in every chart of an atlas, and the model is none: take guides.Amortized, or "
+            "build the guide for a models.ChartAutoencoder"
+        )
     if t and (m or g):
         diffusion = m.latents == "diffusion" if m else g is not None and "diffusion" in g.latents
         if diffusion and not t.diffusion:
@@ -121,7 +138,7 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
             "do): take guides.Laplace, or guides.Amortized"
         )
     if not (g and t):
-        return None
+        return _enumerated(m, t)
     if not g.trainable:
         return f"{g.name} is for evaluation: train the guides it is made of, each by itself"
     if g.trained_by:
@@ -146,12 +163,23 @@ def compatible(model: Any = None, guide: Any = None, loss: Any = None) -> str | 
         return f"{g.name} is not built up in stages, which the recursive {t.name} needs: use losses.ELBO()"
     if t.needs_charts and not g.charts:
         return f"{g.name} has no charts, which {t.name} compares: take guides.Charts, or losses.ELBO()"
+    if t.penalises and g.needs_posterior:
+        return f"{g.name} has nothing that a penalty on its posteriors could move, as {t.name} has: use losses.ELBO()"
     if t.needs_gaussian_base and not g.gaussian_base:
         return (
             f"{g.name} has no Gaussian of each datum, which {t.name} compares: take guides.Amortized with a Gaussian "
             "family or a flow"
         )
-    return None
+    return _enumerated(m, t)
+
+
+def _enumerated(m: ModelTraits | None, t: LossTraits | None) -> str | None:
+    if m is None or t is None or not (m.enumerated and t.scores_traces):
+        return None
+    return (
+        f"the model has discrete latents, which this {t.name} cannot sum over: take losses.ELBO('stratified'), "
+        "losses.ELBO('stl') or losses.IWAE(K), which do, or Pyro's TraceEnum_ELBO"
+    )
 
 
 def require_compatible(model: Any = None, guide: Any = None, loss: Any = None) -> None:

@@ -6,6 +6,7 @@ All of it is E[x | z] at some z, the mean of the model's own observed site, so a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from pyrovae.chunks import per_chunk
-from pyrovae.errors import DataError
+from pyrovae.errors import DataError, IncompatibleError
 from pyrovae.latents import LatentSpace
 from pyrovae.losses.base import require_pair
 from pyrovae.psis import pareto_khat, psis_smooth
+from pyrovae.rowwise import RowWise
 from pyrovae.runtime import evaluating, preserve_rng
 from pyrovae.store import isolated
 
@@ -126,11 +128,14 @@ class Imputation:
         khat: of the importance weights of each datum, `[B]`: above 0.7 the guide is too far from the posterior given
             what is seen, and a refined one is needed (`LocalSVI`, `Laplace`, more steps). None for guides without
             density, whose draws are taken as they come.
+        log_density: log p(hidden | seen) of the true values, `[B]`, nats, from the weighted draws; None where they
+            were not given. An estimate, neither bound, low where no draw comes near the truth.
     """
 
     mean: Tensor
     sd: Tensor
     khat: Tensor | None
+    log_density: Tensor | None = None
 
     def __repr__(self) -> str:
         bad = "" if self.khat is None else f", k-hat above 0.7 for {int((self.khat > 0.7).sum())}"
@@ -145,6 +150,7 @@ def impute(
     *,
     num_samples: int = 500,
     fill: float = 0.0,
+    truth: Tensor | None = None,
     site: str = "x",
     seed: int = 0,
     chunk: int | None = None,
@@ -153,7 +159,8 @@ def impute(
 
     The guide is copied onto a model that observes the seen values alone. An encoder still takes whole data, with
     `fill` in the holes: its draws are importance-weighted (Pareto-smoothed) to the posterior, and guides that refine or
-    run chains come there by themselves.
+    run chains come there by themselves. `guides.Exact` draws from the exact posterior given what is seen, of models
+    that have one for some of their outputs (`model.marginal(seen)`).
 
     Args:
         model, guide: a guide built for this model, with a data plate.
@@ -161,13 +168,17 @@ def impute(
         mask: bool, the same shape; True where x is seen.
         num_samples: S draws per datum.
         fill: what an encoder sees in the holes.
+        truth: whole data, the same shape, whose hidden values are to be scored.
         site: the observed site.
         seed, chunk: as in `evidence.log_weights`.
 
     Raises:
-        DataError: another shape or type of mask, or no such site.
+        DataError: another shape or type of mask or truth, or no such site.
+        IncompatibleError: `guides.Exact` with a model whose posterior is known of whole data alone.
     """
     require_pair(model, guide, None)
+    if truth is not None and (truth.shape != x.shape or not torch.isfinite(truth).all()):
+        raise DataError(f"truth must be finite and of shape {list(x.shape)}, got shape {list(truth.shape)}")
     if mask.shape != x.shape or mask.dtype != torch.bool:
         raise DataError(f"mask must be bool of shape {list(x.shape)}, got {mask.dtype} of shape {list(mask.shape)}")
     if guide.plate is None:
@@ -177,32 +188,39 @@ def impute(
     filled = torch.where(mask, x, torch.full_like(x, fill))
     dense = hasattr(partly, "_sampler")
 
-    def measure(*some: Any, **named: Any) -> Tensor:
-        """Mean, sd and k-hat, `[3, b, *event]`."""
-        space = partly.space(*some, **named)
+    def measure(*rows: Any, **named: Any) -> Tensor:
+        """Mean, sd, k-hat and log density of the truth, `[4, b, *event]`."""
+        *whole, some = rows
+        space = partly.space(some, **named)
+        log_joint = space.bind(some, **named)
         if dense:
             with partly._aside():
-                u, log_q = partly._sampler(*some, **named).draw(num_samples)
-                weights = (space.bind(*some, **named)(u) - log_q).double()
-            log_w, khat = psis_smooth(weights)[0], pareto_khat(weights)
-            share = torch.softmax(log_w, 0).to(u.dtype)
+                u, log_q = partly._sampler(some, **named).draw(num_samples)
+                weights = (log_joint(u) - log_q).double()
+            log_share, khat = torch.log_softmax(psis_smooth(weights)[0], 0), pareto_khat(weights)
         else:
-            u, khat = partly.draws(num_samples, *some, **named), torch.full((len(some[0]),), torch.nan)
-            share = torch.full(u.shape[:2], 1 / num_samples, dtype=u.dtype, device=u.device)
-        mean, variance = decode(space, u, *some, site=site, **named)
-        share = share.reshape(*share.shape, *[1] * (mean.dim() - 2))
+            u, khat = partly.draws(num_samples, some, **named), torch.full((len(some),), torch.nan)
+            log_share = torch.full(u.shape[:2], -math.log(num_samples), dtype=torch.double, device=u.device)
+        mean, variance = decode(space, u, some, site=site, **named)
+        share = log_share.exp().to(u.dtype).reshape(*log_share.shape, *[1] * (mean.dim() - 2))
         middle = (share * mean).sum(0)
         spread = (share * (variance + (mean - middle).square())).sum(0)
-        return torch.stack([middle, spread.sqrt(), khat.to(middle).view(-1, *[1] * (mean.dim() - 2)).expand_as(middle)])
+        density = torch.zeros_like(khat)
+        for data in whole:  # log p(hidden | z) is what whole data add to the seen ones
+            hidden = (guide.space(data).bind(data)(u) - log_joint(u)).double()
+            density = torch.logsumexp(log_share + hidden, 0)
+        each = [value.to(middle).view(-1, *[1] * (mean.dim() - 2)).expand_as(middle) for value in (khat, density)]
+        return torch.stack([middle, spread.sqrt(), *each])
 
     rows = chunk if chunk is not None else max(1, 16_000 // num_samples)
-    mean, sd, khat = per_chunk(
+    mean, sd, khat, density = per_chunk(
         measure, (program, partly), (filled,), {"_mask": mask}, plate=guide.plate, batched=guide.batched, seed=seed,
-        chunk=rows,
+        chunk=rows, beside=() if truth is None else (torch.where(mask, x, truth),),
     )  # fmt: skip
+    khat, density = (values.flatten(1)[:, 0].double() for values in (khat, density))
     return Imputation(
-        torch.where(mask, x, mean), torch.where(mask, torch.zeros_like(sd), sd),
-        khat.flatten(1)[:, 0].double() if dense else None,
+        torch.where(mask, x, mean), torch.where(mask, torch.zeros_like(sd), sd), khat if dense else None,
+        None if truth is None else density,
     )  # fmt: skip
 
 
@@ -218,6 +236,18 @@ class _Seen(nn.Module):
     def forward(self, *args: Any, _mask: Tensor, **kwargs: Any) -> Any:
         with _Pixels(self.site, _mask):
             return self.model(*args, **kwargs)
+
+    def posterior(self, x: Tensor, *, _mask: Tensor) -> RowWise:
+        """p(z | what is seen), exact: for each pattern of holes that of the model of the seen outputs."""
+        if not hasattr(self.model, "marginal"):
+            raise IncompatibleError(
+                "Exact knows this model's posterior given whole data alone: give the model marginal(seen), the model "
+                "of some of its outputs, or take another guide"
+            )
+        patterns, which = _mask.unique(dim=0, return_inverse=True)
+        rows = [(which == number).nonzero().squeeze(-1) for number in range(len(patterns))]
+        parts = [self.model.marginal(p).posterior(x[some][:, p]) for p, some in zip(patterns, rows, strict=True)]
+        return RowWise(parts, rows)
 
 
 class _Pixels(poutine.messenger.Messenger):

@@ -27,7 +27,8 @@ def matrix() -> str:
     columns: dict[Any, tuple[list[str], Any]] = {}  # losses with the same needs share one
     for name, make in registry.items():
         loss = make()
-        columns.setdefault(replace(loss.traits, name=""), ([], loss))[0].append(f"`{name}`")
+        needs = replace(loss.traits, name="", scores_traces=False)  # of guides
+        columns.setdefault(needs, ([], loss))[0].append(f"`{name}`")
     reasons: dict[str, int] = {}
     heads = ["guide", *(", ".join(names) for names, _ in columns.values())]
     lines = [_line(heads), _line(["---"] * len(heads))]

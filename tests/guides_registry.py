@@ -129,6 +129,10 @@ def _escalating(model, pixels, dim, dtype=torch.float32):
     return guides.Escalating([first, guides.SemiAmortized(first, num_steps=2, step_size=0.05)], num_samples=50)
 
 
+def exact(model, pixels, dim, dtype=torch.float32):
+    return guides.Exact(model)
+
+
 GUIDES = {
     "amortized": amortized,
     "amortized-full-rank": _full,
@@ -159,5 +163,8 @@ GUIDES = {
 }
 TRAINED = {name: build for name, build in GUIDES.items() if name != "escalating"}
 _CHAINS = ("dais", "hvae", "density", "escalating")
+# Guides of models that have what they need alone: Exact is of those with a `posterior` (tests/guides/test_exact.py has
+# its clauses), the others of one model each.
+WITH_POSTERIOR = {"exact": exact}
 DENSITY = {name: build for name, build in GUIDES.items() if not name.startswith("short-run")}
 MARGINAL = {name: build for name, build in DENSITY.items() if not name.startswith(_CHAINS)}

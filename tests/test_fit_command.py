@@ -7,32 +7,51 @@ import math
 import re
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyrovae import diagnose, evidence, fitting, training
+from pyrovae import diagnose, evidence, fitting, losses, training
 from pyrovae.cli import app
 from pyrovae.compat import compatible
 from pyrovae.data import load_text
 from pyrovae.diagnose import clustering
 from pyrovae.errors import IncompatibleError
-from pyrovae.fitting import Settings, run
-from pyrovae.fitting.guides import GUIDES, NO_GUIDE, build_guide
+from pyrovae.fitting import Settings, run, tilted
+from pyrovae.fitting.guides import GUIDES, KINDS, NO_GUIDE, build_guide
 from pyrovae.fitting.material import TEXTS, gather
 from pyrovae.fitting.objectives import LOSSES, build_loss, candidates
 from pyrovae.fitting.pairing import require
-from pyrovae.fitting.recipes import MODELS, TEXT_MODELS, Form, build_model
+from pyrovae.fitting.recipes import (
+    CHARTS,
+    DIFFUSION,
+    GREY_MODELS,
+    MODELS,
+    PIECEWISE,
+    TEXT_MODELS,
+    TILTED,
+    Form,
+    build_model,
+)
 from pyrovae.models import REGISTRY, no_latents
+from pyrovae.runtime import evaluating
 
 # Each model with one guide, and between them every guide and every loss.
 RUNS = {
     "vae": ("short-run", "", "small"),
     "ppca": ("amortized-full-rank", "iwae", "small"),
+    "piecewise-affine": ("exact", "", "small"),
+    "energy-prior": ("laplace", "iwae", "small"),
     "ladder": ("amortized", "infovae", "small"),
+    "joint-energy": ("short-run", "expected-log-joint", "small"),
+    "hierarchical": ("semi-amortized", "", "small"),
+    "hierarchical-energy": ("amortized", "", "small"),
     "vlac": ("amortized", "free-bits", "small"),
     "pixelcnn": ("amortized-iaf", "mae", "small"),
     "lossy": ("mixture", "elbo", "small"),
+    "charts": ("", "chart-loss", "small"),
+    "diffusion": ("", "simple-diffusion", "small"),
     "text": ("amortized", "elbo", "snli"),
     "language-model": ("", "", "snli"),
 }
@@ -55,6 +74,14 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_annealing():
+    """So few temperatures find log Z of energies that hardly tilt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tilted, "_TEMPERATURES", 20)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def data_there(folder, monkeypatch):
     monkeypatch.setenv("PYROVAE_DATA", str(folder))
@@ -67,6 +94,8 @@ def asked(folder, model, out, **options):
     values = {"latent_dim": 2, "epochs": 2, "batch_size": 20, "num_samples": 50, "num_data": 40, "threads": 1,
               "kl_warmup": 0}  # fmt: skip
     values |= {"model": model, "guide": guide, "loss": loss, "data": data, "out": str(out)}
+    if model in (DIFFUSION, PIECEWISE):
+        values["latent_dim"] = None if model == DIFFUSION else 1  # whose posterior takes no polygons
     return Settings(**{**values, **options})
 
 
@@ -111,13 +140,13 @@ def test_every_model_runs_to_its_page(outcomes, model):
     assert origin["num_data"] == (30 if model in TEXT_MODELS else 40)
     assert origin["kl_weight"] == 1.0
     assert re.fullmatch("[0-9a-f]{64}", origin["fingerprint"])
-    assert origin["binarization"] == {"ppca": "none", "text": "", "language-model": ""}.get(model, "static")
+    assert origin["binarization"] == "" if model in TEXT_MODELS else "none" if model in GREY_MODELS else "static"
     for name, number in content["numbers"].items():
         assert "reason" in number or math.isfinite(number["value"]), name
     scored = [name for name, number in content["numbers"].items()
-              if name.startswith(("ELBO", "IWAE", "log p(x)")) and "value" in number]  # fmt: skip
+              if name.startswith(("ELBO", "IWAE", "log p(x), exact")) and "value" in number]  # fmt: skip
     assert all(content["numbers"][name]["se"] > 0 for name in scored)
-    assert bool(scored) == (model != "vae")  # a short run has no density
+    assert bool(scored) == (RUNS[model][0] != "short-run")  # which has no density
     page = (out / "report.html").read_text()
     assert not re.search(r"""(https?:|src\s*=\s*["'](?!data:)|<link|<script|@import|url\()""", page)
     assert "Where the numbers come from" in page
@@ -128,12 +157,16 @@ def test_every_model_runs_to_its_page(outcomes, model):
         assert content["numbers"][name]["value"] > 1
         assert content["numbers"][name]["se"] > 0
     else:
+        missing = {CHARTS: ("Traversals", "Interpolations"), DIFFUSION: ("Reconstructions", "Traversals")}
+        left_out = missing.get(model, ())
         for title in ("Reconstructions", "Samples", "Traversals", "Interpolations"):
-            assert f"<h2>{title}" in page
+            assert (f"<h2>{title}" in page) == (title not in left_out)
         drawn = model in ("pixelcnn", "lossy")
-        assert ("<h2>Imputations" in page) == (not drawn)
+        assert ("<h2>Imputations" in page) == (not drawn and not left_out)
+        assert ("are left out" in page) == bool(left_out)
         assert ("raster order" in page) == drawn
-        assert page.count('src="data:image/png;base64,') >= 5
+        assert ("<h2>Samples before the tilt" in page) == (model in TILTED)
+        assert page.count('src="data:image/png;base64,') >= (3 if left_out else 5)
 
 
 def test_a_guide_without_density_says_that_there_is_no_bound(outcomes):
@@ -146,23 +179,33 @@ def test_a_guide_without_density_says_that_there_is_no_bound(outcomes):
     assert "at least" not in page
 
 
-@pytest.mark.parametrize("model", ["ppca", "ladder", "vlac", "text"])
-def test_numbers_are_those_of_the_saved_weights(outcomes, model):
-    """Read back from disk and measured again by the library's own functions; evaluation changed no weight."""
+def read_back(outcomes, model):
+    """A run's numbers, and the run read from disk: evaluation changed no weight."""
     outcome, out = outcomes(model)
     saved = fitting.load(out)
     for ours, theirs in ((outcome.model, saved.model), (outcome.guide, saved.guide)):
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
-    x, numbers = saved.material.rows, saved.results["numbers"]
+    return saved, saved.results["numbers"]
+
+
+@pytest.mark.parametrize("model", ["ppca", "ladder", "vlac", "text", "energy-prior", "hierarchical-energy", "charts"])
+def test_numbers_are_those_of_the_saved_weights(outcomes, model):
+    """Read back from disk and measured again by the library's own functions."""
+    saved, numbers = read_back(outcomes, model)
+    x = saved.material.rows
     weights = evidence.log_weights(saved.model, saved.guide, x, num_samples=50, seed=0)
+    kind = " (estimate)" if model in TILTED else ""
     for name, estimate in zip(("ELBO", "IWAE-50"), evidence.summarize(weights), strict=True):
-        assert numbers[name]["value"] == pytest.approx(estimate.mean, rel=1e-5)
-        assert numbers[name]["se"] == pytest.approx(estimate.mean_se, rel=1e-4)
+        assert numbers[name + kind]["value"] == pytest.approx(estimate.mean, rel=1e-5)
+        assert numbers[name + kind]["se"] == pytest.approx(estimate.mean_se, rel=1e-4)
     known = diagnose.information(saved.model, saved.guide, x, num_samples=100, num_scored=40, seed=0)
-    assert numbers["KL"]["value"] == pytest.approx(float(known.kl.mean()), rel=1e-4, abs=1e-6)
+    kl = "KL to the prior's base" if model in TILTED else "KL"
+    assert numbers[kl]["value"] == pytest.approx(float(known.kl.mean()), rel=1e-4, abs=1e-6)
     assert numbers["mutual information"]["value"] == pytest.approx(known.mutual_information, rel=1e-4, abs=1e-5)
     assert numbers["log N, the most it can be"]["value"] == pytest.approx(math.log(len(x)))
-    assert numbers["active latents"]["value"] == int(known.active.sum())
+    assert "reason" in numbers["active latents"] if model == CHARTS else (
+        numbers["active latents"]["value"] == int(known.active.sum())
+    )  # fmt: skip
     if model == "ppca":
         exact = float(saved.model.log_evidence(x).mean().detach())
         assert numbers["log p(x), exact"]["value"] == pytest.approx(exact, rel=1e-5)
@@ -170,13 +213,126 @@ def test_numbers_are_those_of_the_saved_weights(outcomes, model):
         iwae = evidence.summarize(weights)[1].values
         expected = math.exp(-float(iwae.sum() / saved.material.test.lengths.sum()))
         assert numbers["perplexity, at most"]["value"] == pytest.approx(expected, rel=1e-5)
-    if model in ("ladder", "vlac"):
+    if model in ("ladder", "vlac", "hierarchical-energy"):
         groups = diagnose.group_information(saved.model, saved.guide, x, num_samples=40, seed=0)
         found = {group["site"]: group["KL"]["value"] for group in saved.results["groups"]}
         assert list(found) == ["z1", "z2"]
-        for name, kl in zip(groups.groups, groups.kl, strict=True):
-            assert found[name] == pytest.approx(float(kl), rel=1e-4, abs=1e-6)
-        assert sum(found.values()) == pytest.approx(numbers["KL"]["value"], rel=0.1)  # of other draws
+        for name, own in zip(groups.groups, groups.kl, strict=True):
+            assert found[name] == pytest.approx(float(own), rel=1e-4, abs=1e-6)
+        assert sum(found.values()) == pytest.approx(numbers[kl]["value"], rel=0.1)  # of other draws
+
+
+@pytest.mark.parametrize("model", TILTED)
+def test_numbers_of_tilted_priors_are_estimates_with_the_log_z_of_the_weights(outcomes, model):
+    saved, numbers = read_back(outcomes, model)
+    assert saved.model.normalised
+    assert float(saved.model.log_z) == pytest.approx(numbers["log Z"]["value"], rel=1e-5)
+    again = evidence.log_normaliser(saved.model, num_temperatures=20, seed=0)
+    assert numbers["log Z"]["value"] == pytest.approx(again.mean, rel=1e-5)
+    assert numbers["log Z"]["se"] == pytest.approx(float(again.se[0]), rel=1e-4)
+    assert saved.results["kind"] == "estimate"
+    page = (saved.folder / "report.html").read_text()
+    for words in ("at least", "lower bounds"):
+        assert words not in page
+    assert "estimates of log p(x), not bounds" in page
+    assert "which moves with training" in page
+    assert saved.results["training"]["objective"].startswith("unnormalised")
+    if RUNS[model][0] != "short-run":
+        assert "log p(x) of about" in page
+        assert "KL to the base" in page or model == "energy-prior"
+
+
+def test_a_log_z_that_annealing_does_not_find_is_left_out(folder, tmp_path, monkeypatch):
+    """Numbers then lack it, and every place says so."""
+    monkeypatch.setattr(tilted, "_LARGEST_SE", 0.0)
+    outcome = run(asked(folder, "energy-prior", tmp_path / "run"), say=quiet)
+    content, page = (tmp_path / "run" / "results.json").read_text(), (tmp_path / "run" / "report.html").read_text()
+    assert not outcome.model.normalised
+    assert outcome.findings.kind == json.loads(content)["kind"] == "unnormalised"
+    assert "annealing did not find it" in json.loads(content)["numbers"]["log Z"]["reason"]
+    assert "log p(x) + log Z of at least" in page
+    assert "IWAE-50 + log Z" in json.loads(content)["numbers"]
+    assert any("could not be measured" in words for words in outcome.told)
+
+
+def test_a_piecewise_affine_run_has_the_exact_evidence_and_divergences(folder, outcomes, tmp_path):
+    """With the exact guide the ELBO is log p(x); with an encoder the gap is the divergence."""
+    _, numbers = read_back(outcomes, "piecewise-affine")
+    exact = numbers["log p(x), exact"]["value"]
+    assert numbers["ELBO"]["value"] == pytest.approx(exact, abs=1e-3)
+    assert numbers["IWAE-50"]["value"] == pytest.approx(exact, abs=1e-3)
+    assert numbers["KL(q || p(z|x)) of 20 data, exact"]["value"] == pytest.approx(0, abs=1e-3)
+    run(asked(folder, "piecewise-affine", tmp_path / "run", guide="amortized", latent_dim=2), say=quiet)
+    saved = fitting.load(tmp_path / "run")
+    numbers, x = saved.results["numbers"], saved.material.rows
+    with torch.no_grad():
+        assert numbers["log p(x), exact"]["value"] == pytest.approx(float(saved.model.log_evidence(x).mean()), rel=1e-5)
+    audit = diagnose.audit(saved.model, saved.guide, x[:20], num_samples=50)
+    kl, gap = numbers["KL(q || p(z|x)) of 20 data, exact"], numbers["log p(x) - ELBO of these, Monte Carlo"]
+    assert kl["value"] == pytest.approx(audit.kl.mean, rel=1e-4)
+    assert gap["value"] == pytest.approx(audit.gap.mean, rel=1e-3, abs=1e-4)
+    assert kl["value"] > 0.01
+    assert abs(kl["value"] - gap["value"]) < 4 * float(audit.gap.se.square().sum().sqrt() / 20)
+    assert "integrals over a grid" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_chart_run_has_the_facts_of_its_atlas(outcomes):
+    saved, numbers = read_back(outcomes, "charts")
+    guide, x, train = saved.guide, saved.material.rows, saved.material.train
+    torch.testing.assert_close(saved.model.log_weights.exp(), guide.frequencies(train))
+    made = guide.generate(len(x), seed=0).x
+    assert numbers["charts in use"]["value"] == len(guide.predict(x).argmax(-1).unique())
+    assert numbers["charts"]["value"] == saved.model.num_charts
+    for name, some in (("", made), (" of test data", x)):
+        far = diagnose.unfaithfulness(some, train)
+        assert numbers[f"unfaithfulness{name}"]["value"] == pytest.approx(float(far.mean()), rel=1e-5)
+        assert numbers[f"coverage{name}"]["value"] == diagnose.coverage(some, train)
+    residuals = diagnose.cycle_residuals(guide, x).values
+    assert numbers["cycle residual"]["value"] == pytest.approx(float(residuals.mean()), rel=1e-4)
+    page = (saved.folder / "report.html").read_text()
+    for words in ("<h2>Charts", "charts are in use", "A cycle residual is", "no line leads from one datum"):
+        assert words in page
+
+
+def test_a_diffusion_run_has_its_elbo(outcomes):
+    saved, numbers = read_back(outcomes, "diffusion")
+    x, model = saved.material.rows, saved.model
+    assert saved.material.signed
+    assert float(x.min()) == -1
+    loss = losses.DiffusionELBO(None)
+    with torch.no_grad(), evaluating(model):
+        draws = torch.stack([loss.per_datum(model, saved.guide, x).mean() for _ in range(20)])
+    assert abs(numbers["ELBO"]["value"] - float(draws.mean())) < 5 * float(draws.std())
+    gain = numbers["ELBO of values in [0, 1]"]["value"] - numbers["ELBO"]["value"]
+    assert gain == pytest.approx(25 * math.log(2))
+    page = (saved.folder / "report.html").read_text()
+    assert "log p(x) of at least" in page
+    assert "DDIM" in page
+    assert saved.results["training"]["objective"] == "-E|eps - eps_theta|^2"
+    assert "no bound: models are compared" in page
+
+
+@pytest.mark.parametrize("manifold", ["torus", "sphere"])
+def test_latents_on_a_manifold(folder, tmp_path, manifold):
+    options = {"guide": "amortized", "manifold": manifold, "latent_dim": 4}
+    run(asked(folder, "vae", tmp_path / "run", **options), say=quiet)
+    saved = fitting.load(tmp_path / "run")
+    assert saved.model.manifold == manifold
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"its latents on a {manifold}" in page
+    assert ("<h2>Round the circles" in page) == (manifold == "torus")
+    assert ("<h2>Traversals" in page) == (manifold == "sphere")
+    with pytest.raises(ValueError, match="holds a run with manifold"):
+        run(asked(folder, "vae", tmp_path / "run", resume=True, guide="amortized", latent_dim=4), say=quiet)
+
+
+def test_runs_of_before_an_option_go_on(folder, tmp_path):
+    """Settings on disk that do not know of it had its default."""
+    ours = asked(folder, "vae", tmp_path / "run")
+    before = {name: value for name, value in ours.to_dict().items() if name != "manifold"}
+    ours.require_same(before)
+    with pytest.raises(ValueError, match="holds a run with manifold 'plane', not 'torus'"):
+        asked(folder, "vae", tmp_path / "run", manifold="torus").require_same(before)
 
 
 def test_language_model_is_scored_exactly(outcomes):
@@ -210,7 +366,8 @@ class Stopped(KeyboardInterrupt):
     """As if someone had pressed Ctrl-C."""
 
 
-@pytest.mark.parametrize(("model", "epochs"), [("ladder", 4), ("vlac", 5), ("text", 3)])
+@pytest.mark.parametrize(("model", "epochs"), [("ladder", 4), ("vlac", 5), ("text", 3), ("energy-prior", 3),
+                                               ("charts", 3)])
 def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, monkeypatch, model, epochs):
     """Stopped while the last stage was going on; then the same command with --resume."""
     whole = run(asked(folder, model, tmp_path / "whole", epochs=epochs), say=quiet)
@@ -312,6 +469,26 @@ def test_colours_are_put_in_front(tmp_path):
     ("--data faces", "unknown data 'faces'", "choose from digits, mnist"),
     ("--model lossy --latent-dim 1", "at least two latents", "pass --latent-dim 2"),
     ("--device tpu", "unknown device 'tpu'", "cpu, cuda or cuda:0"),
+    ("--guide exact", "which this model does not define", "with --guide exact go --model ppca or piecewise-affine"),
+    ("--model ladder --guide charts", "the model is none", "with --guide charts go --model charts"),
+    ("--guide forward-process", "treats diffusion latents", "with --guide forward-process go --model diffusion"),
+    ("--model diffusion --guide laplace", "has nothing to infer", "with --model diffusion go --guide forward-process"),
+    ("--model diffusion --loss iwae", "no single steps", "go --loss elbo or simple-diffusion"),
+    ("--model diffusion --latent-dim 2", "have the shape of the data", "leave --latent-dim out"),
+    ("--model diffusion --kl-warmup 2", "not defined for a diffusion", "pass --kl-warmup 0"),
+    ("--model diffusion --binarization static", "Gaussian likelihood", "--binarization none, or --model vae"),
+    ("--model charts --guide amortized --loss infovae", "cannot sum over", "go --loss elbo or iwae"),
+    ("--model charts --loss chart-loss --kl-warmup 2", "has no KL", "pass --kl-warmup 0, or --loss elbo"),
+    ("--loss chart-loss", "has no charts", "with --guide amortized go --loss elbo"),
+    ("--model energy-prior --loss free-bits", "would leave out that of its log Z", "go --loss elbo or iwae"),
+    ("--model joint-energy --patience 3", "lack log Z", "leave --patience out"),
+    ("--model hierarchical --schedule deep-first", "the groups of a models.LadderVAE", "go --schedule none or aggr"),
+    ("--model piecewise-affine --latent-dim 3", "known for 1 or 2 latents", "--latent-dim 2, or --model vae"),
+    ("--model piecewise-affine --guide exact --loss infovae", "nothing that a penalty", "go --loss elbo or iwae"),
+    ("--model ladder --manifold torus", "lie on no torus", "leave --manifold out, or pass --model vae"),
+    ("--manifold torus --latent-dim 3", "two latents for each circle", "pass --latent-dim 4"),
+    ("--manifold sphere --latent-dim 1", "at least two latents", "pass --latent-dim 2"),
+    ("--manifold plan", "unknown manifold 'plan'", "choose from plane, torus, sphere"),
 ])  # fmt: skip
 def test_what_does_not_go_together_exits_with_one_sentence(tmp_path, arguments, reason, works):
     found = call(*arguments.split(), "--out", tmp_path / "never")
@@ -323,25 +500,30 @@ def test_what_does_not_go_together_exits_with_one_sentence(tmp_path, arguments, 
     assert not (tmp_path / "never").exists()
 
 
-def test_what_messages_recommend_is_what_compatible_allows():
+@pytest.mark.parametrize("name", ["vae", "piecewise-affine", "energy-prior", "charts", "diffusion"])
+def test_what_messages_recommend_is_what_compatible_allows(name):
     """Every guide with every loss: allowed exactly where `compatible` allows one of the loss's estimators."""
     form = Form(image=(1, 4, 4))
-    model = build_model("vae", form, latent_dim=2)
+    model = build_model(name, form, latent_dim=2)
     for guide in GUIDES:
-        if guide == NO_GUIDE:
+        if guide == NO_GUIDE or compatible(model, KINDS[guide]) is not None:
+            with pytest.raises(IncompatibleError, match=f"with --model {name} go --guide "):
+                require(Settings(model=name, guide=guide))
             continue
+        require(Settings(model=name, guide=guide))
         built = build_guide(guide, model, form)
+        assert compatible(model, built, build_loss("", model, built)) is None
         for loss in LOSSES:
-            fine = any(compatible(model, built, one) is None for one in candidates(loss))
+            fine = any(compatible(model, built, one) is None for one in candidates(loss, model, built))
             if fine:
-                require(Settings(guide=guide, loss=loss))
+                require(Settings(model=name, guide=guide, loss=loss))
                 assert compatible(model, built, build_loss(loss, model, built)) is None
             else:
                 with pytest.raises(IncompatibleError) as error:
-                    require(Settings(guide=guide, loss=loss))
+                    require(Settings(model=name, guide=guide, loss=loss))
                 own = re.search(rf"with --guide {guide} go --loss ([^;]*?)(, with --loss|$)", str(error.value))[1]
-                for name in re.split(r", | or ", own):
-                    require(Settings(guide=guide, loss=name))
+                for other in re.split(r", | or ", own):
+                    require(Settings(model=name, guide=guide, loss=other))
 
 
 def test_texts_are_those_of_the_library():
@@ -350,11 +532,12 @@ def test_texts_are_those_of_the_library():
 
 
 def test_the_command_ends_with_a_short_table_and_the_page(folder, tmp_path):
-    state = torch.get_rng_state()
+    state, names = torch.get_rng_state(), set(pyro.get_param_store().keys())
     data = folder / "small.npz"
     found = call("--quick", "--data", data, "--latent-dim", "2", "--epochs", "1", "--out", tmp_path / "x")
     assert found.exit_code == 0, found.output
     assert torch.equal(state, torch.get_rng_state())
+    assert set(pyro.get_param_store().keys()) == names
     assert found.output.strip().splitlines()[-1] == f"see {tmp_path / 'x' / 'report.html'}"
     assert "ELBO" in found.output
     assert "proves nothing" in " ".join(found.output.split())

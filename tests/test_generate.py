@@ -7,11 +7,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from bench import problems
+from bench.piecewise_nets import circle, random_net
 from guides_registry import GUIDES
 from torch import nn
 
 from pyrovae import generate, guides
-from pyrovae.errors import DataError
+from pyrovae.errors import DataError, IncompatibleError
 from pyrovae.models import VAE, PixelCNNVAE
 from pyrovae.nets import LinearHeadDecoder, PixelCNN
 
@@ -43,6 +44,7 @@ EXACT = {
     "laplace": lambda model: guides.Laplace(model, nn.Linear(PIXELS, DIM).double(), num_steps=1, update="full"),
     "local-svi": lambda model: guides.LocalSVI(model, "full-rank"),
     "short-run": lambda model: guides.ShortRun(model, num_steps=300, step_size=0.15),
+    "exact": guides.Exact,
 }
 
 
@@ -61,6 +63,60 @@ def test_imputation_of_ppca_is_the_conditional(name):
         assert found.khat is None
     else:
         assert (found.khat < 0.7).all()
+
+
+def by_grid(model, x, mask):
+    """Mean, sd and log density of the hidden part of one datum given the seen one, and the sd of one draw's density."""
+    line = torch.linspace(-6, 6, 40_001 if model.latent_dim == 1 else 601, dtype=torch.double)
+    z = torch.cartesian_prod(*[line] * model.latent_dim).reshape(-1, model.latent_dim)
+    made = model.mean(z)
+    each = torch.distributions.Normal(made, model.noise).log_prob(x)
+    weight = (each[:, mask].sum(-1) - 0.5 * z.square().sum(-1)).softmax(0)
+    mean = weight @ made
+    sd = (model.noise**2 + weight @ (made - mean).square()).sqrt()
+    density = each[:, ~mask].sum(-1).exp()
+    log_density = (weight @ density).log()
+    return mean, sd, log_density, (weight @ density.square() - (weight @ density) ** 2).clamp_min(0).sqrt()
+
+
+@pytest.mark.parametrize("sizes", [[1, 8, 2], [2, 5, 3]])
+def test_imputation_from_the_exact_posterior_of_a_piecewise_affine_net(sizes):
+    """Two modes or one, any pattern of holes: the conditional by quadrature; every weight is the same."""
+    model, draws = random_net(sizes, noise=0.3), 4000
+    torch.manual_seed(0)
+    x = model(None, size=5)
+    mask = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1]]).bool()[:, : sizes[-1]]
+    hidden = torch.where(mask, x, torch.full_like(x, torch.nan))
+    found = generate.impute(model, guides.Exact(model), hidden, mask, num_samples=draws, truth=x)
+    assert (found.khat == -torch.inf).all()
+    for row, seen in enumerate(mask):
+        mean, sd, log_density, spread = by_grid(model, x[row], seen)
+        error = 4 / draws**0.5
+        assert ((found.mean[row] - mean).abs() < error * sd)[~seen].all()
+        torch.testing.assert_close(found.sd[row, ~seen], sd[~seen], rtol=2 * error, atol=0.0)
+        assert (found.log_density[row].exp() - log_density.exp()).abs() <= error * spread + 1e-9
+        exact = model.log_evidence(x[row : row + 1]) - model.marginal(seen).log_evidence(x[row : row + 1, seen])
+        # the grid's error at kinks: its step squared
+        assert float(exact.detach()) == pytest.approx(float(log_density), abs=1e-6 if sizes[0] == 1 else 3e-4)
+
+
+@pytest.mark.parametrize(("name", "draws"), [("laplace", 4000), ("exact", 4000), ("short-run", 500)])
+def test_the_density_of_the_truth_is_that_of_the_conditional(name, draws):
+    model, x = ppca()
+    mask = holes()
+    guide = guides.ShortRun(model, num_steps=60, step_size=0.2) if name == "short-run" else EXACT[name](model)
+    found = generate.impute(model, guide, x, mask, num_samples=draws, truth=x)
+    bias = 0.1 if name == "short-run" else 0.0  # Langevin's
+    with torch.no_grad():
+        for row, seen in enumerate(mask):
+            part, datum = model.marginal(seen), x[row : row + 1]
+            exact = model.log_evidence(datum) - part.log_evidence(datum[:, seen])
+            z = part.posterior(datum[:, seen]).sample((20_000,))
+            mean = (z @ model.weight.T + model.bias)[..., ~seen]
+            each = dist.Normal(mean, model.log_noise.exp()).log_prob(datum[:, ~seen]).sum(-1).exp()
+            error = 4 * float(each.std() / each.mean()) / draws**0.5
+            assert float(found.log_density[row]) == pytest.approx(float(exact), abs=error + bias + 1e-9)
+    assert generate.impute(model, guide, x, mask, num_samples=25).log_density is None
 
 
 def test_importance_weights_take_an_encoder_to_what_is_seen():
@@ -182,9 +238,27 @@ def test_bad_input():
     guide = EXACT["laplace"](model)
     with pytest.raises(DataError, match="mask must be bool"):
         generate.impute(model, guide, x, torch.ones_like(x))
+    for truth in (x[:1], torch.full_like(x, torch.nan)):
+        with pytest.raises(DataError, match="truth must be finite and of shape"):
+            generate.impute(model, guide, x, torch.ones_like(x).bool(), truth=truth)
     with pytest.raises(ValueError, match="two ends"):
         generate.interpolate(model, guide, x, x, steps=1)
     with pytest.raises(ValueError, match="one shape"):
         generate.interpolate(model, guide, x, x[:2])
     with pytest.raises(ValueError, match="latents 0 to 2"):
         generate.traverse(model, guide, x, 3, [0.0])
+
+
+def test_an_exact_posterior_of_whole_data_alone_is_refused():
+    class Conjugate(pyro.nn.PyroModule):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+                pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([len(x), 2]).to_event(1), obs=x)
+
+        def posterior(self, x):
+            return dist.Normal(x.sum(-1, keepdim=True) / 3, 3**-0.5).to_event(1)
+
+    model, x = Conjugate(), circle(4)
+    with pytest.raises(IncompatibleError, match="give the model marginal"):
+        generate.impute(model, guides.Exact(model), x, torch.ones_like(x).bool())

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from bench import problems
-from guides_registry import DENSITY, GUIDES, TRAINED
+from guides_registry import DENSITY, GUIDES, TRAINED, WITH_POSTERIOR
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
@@ -18,8 +18,24 @@ from torch import nn
 from pyrovae import fit, guides, handlers, losses, models
 from pyrovae.compat import compatible
 from pyrovae.errors import IncompatibleError, PlateError, ScaleError
-from pyrovae.models import PPCA, VAE, VLAC, LadderVAE, LossyVAE, PixelCNNVAE, TextVAE
-from pyrovae.nets import LadderDecoder, LinearHeadDecoder, LSTMDecoder, PixelCNN
+from pyrovae.models import (
+    PPCA,
+    VAE,
+    VLAC,
+    ChartAutoencoder,
+    Diffusion,
+    EnergyPriorVAE,
+    HierarchicalEnergyPrior,
+    HierarchicalVAE,
+    JointEnergyPrior,
+    LadderVAE,
+    LossyVAE,
+    PiecewiseAffineVAE,
+    PixelCNNVAE,
+    PriorChain,
+    TextVAE,
+)
+from pyrovae.nets import MLP, ChartMLP, LadderDecoder, LinearHeadDecoder, LSTMDecoder, PixelCNN, TimeMLP
 
 PIXELS, DIM, ROWS = 6, 3, 4
 
@@ -68,8 +84,72 @@ def text():
     return FloatWords(LSTMDecoder(6, DIM, embedding=3, hidden=4), DIM).double()
 
 
+def piecewise_affine():
+    torch.manual_seed(1)
+    return PiecewiseAffineVAE([2, 3, PIXELS]).double()  # two latents are the most there are
+
+
+_CHAIN = PriorChain(3, 0.2)
+
+
+def energy_prior():
+    torch.manual_seed(1)
+    decoder = LinearHeadDecoder(DIM, [8], (PIXELS,))
+    return EnergyPriorVAE(decoder, DIM, MLP([DIM, 4, 1]), "gaussian", chain=_CHAIN).double()
+
+
+def joint_energy():
+    torch.manual_seed(1)
+    decoder = LadderDecoder([1, 2], (PIXELS,), width=8)
+    return JointEnergyPrior(decoder, [1, 2], MLP([DIM, 4, 1]), "gaussian", chain=_CHAIN).double()
+
+
+def hierarchical():
+    torch.manual_seed(1)
+    return HierarchicalVAE(nn.Linear(1, PIXELS), [1, 2], [nn.Linear(2, 2)], "gaussian").double()
+
+
+def hierarchical_energy():
+    torch.manual_seed(1)
+    energies = [MLP([1, 4, 1]), MLP([2, 4, 1])]
+    return HierarchicalEnergyPrior(
+        nn.Linear(1, PIXELS), [1, 2], [nn.Linear(2, 2)], energies, "gaussian", chain=_CHAIN
+    ).double()  # fmt: skip
+
+
+def charts():
+    torch.manual_seed(1)
+    return ChartAutoencoder(ChartMLP(2, [DIM, 4]), nn.Linear(4, PIXELS)).double()
+
+
+def diffusion():
+    torch.manual_seed(1)
+    return Diffusion(TimeMLP((PIXELS,), hidden=(8,)), (PIXELS,), 3, betas=(0.1, 0.5)).double()
+
+
 MODELS = {
-    "vae": vae, "ppca": ppca, "ladder": ladder, "vlac": vlac, "pixelcnn": pixelcnn, "lossy": lossy, "text": text,
+    "vae": vae, "ppca": ppca, "piecewise-affine": piecewise_affine, "energy-prior": energy_prior, "ladder": ladder,
+    "joint-energy": joint_energy, "hierarchical": hierarchical, "hierarchical-energy": hierarchical_energy,
+    "vlac": vlac, "pixelcnn": pixelcnn, "lossy": lossy, "charts": charts, "diffusion": diffusion, "text": text,
+}  # fmt: skip
+DIMS = {"piecewise-affine": 2}
+
+
+def atlas_guide(model, pixels, dim, dtype=torch.float32):
+    nets = nn.Linear(pixels, 4), ChartMLP(2, [4, 2 * dim]), nn.Linear(pixels, 2)
+    return guides.Charts(model, *nets).to(dtype)
+
+
+def forward_process(model, pixels, dim, dtype=torch.float32):
+    return guides.ForwardProcess(model)
+
+
+# Guides that some models alone can have, and losses of some models alone.
+OF_SOME = {**WITH_POSTERIOR, "charts": atlas_guide, "forward-process": forward_process}
+CLASSES = {"exact": guides.Exact, "charts": guides.Charts, "forward-process": guides.ForwardProcess}
+LOSSES = {
+    **losses.REGISTRY, "EnergyELBO": losses.EnergyELBO, "ChartLoss": losses.ChartLoss,
+    "DiffusionELBO": losses.DiffusionELBO, "SimpleDiffusionLoss": losses.SimpleDiffusionLoss,
 }  # fmt: skip
 IMAGES = ("pixelcnn", "lossy")  # those that take binary images, here of 2 x 3 pixels
 
@@ -124,10 +204,18 @@ def test_elbo_is_trace_mean_field_elbo(name, particles):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-# Every guide with every loss on two models; on the others every guide, and every loss, in one pair each.
+OWN = {"ppca": ("exact",), "piecewise-affine": ("exact",), "charts": ("charts",), "diffusion": ("forward-process",)}
+TILTED = ("energy-prior", "joint-energy", "hierarchical-energy")
+WITH_EVERY_GUIDE = {
+    **dict.fromkeys(MODELS, ("ELBO", "ELBO(stratified)", "E_q log p(x,z)")),
+    **dict.fromkeys(("vae", "ppca"), tuple(losses.REGISTRY)),
+    **dict.fromkeys(TILTED, ("EnergyELBO",)), "diffusion": ("DiffusionELBO",),
+}  # fmt: skip
+# Every guide with every registered loss on two models; on the others every guide, and every loss, in one pair each;
+# guides of some models alone with every loss on theirs.
 TRIPLES = [
-    (model, guide, loss) for model in MODELS for guide in GUIDES for loss in losses.REGISTRY
-    if model in ("vae", "ppca") or guide == "amortized" or loss in ("ELBO", "ELBO(stratified)", "E_q log p(x,z)")
+    (model, guide, loss) for model in MODELS for guide in (*GUIDES, *OWN.get(model, ())) for loss in LOSSES
+    if loss in WITH_EVERY_GUIDE[model] or guide in ("amortized", *OF_SOME)
 ]  # fmt: skip
 
 
@@ -137,7 +225,8 @@ def test_every_triple_runs_or_raises_what_compatible_says(model_name, guide_name
     x = (data() > 0).double().view(ROWS, 1, 2, 3) if model_name in IMAGES else data()
     if model_name == "text":
         x = torch.tensor([[3, 4, 5, 2, 0, 0], [5, 2, 0, 0, 0, 0], [4, 4, 4, 4, 4, 2], [3, 2, 0, 0, 0, 0]]).double()
-    guide, loss = GUIDES[guide_name](model, PIXELS, DIM, torch.float64), losses.REGISTRY[loss_name]()
+    dim = DIMS.get(model_name, DIM)
+    guide, loss = {**GUIDES, **OF_SOME}[guide_name](model, PIXELS, dim, torch.float64), LOSSES[loss_name]()
     reason = compatible(model, guide, loss)
     if reason is not None:
         for call in (loss.loss, loss.loss_and_grads, loss.per_datum):
@@ -148,14 +237,29 @@ def test_every_triple_runs_or_raises_what_compatible_says(model_name, guide_name
     value, grads = gradients(loss, model, guide, x)
     assert math.isfinite(value)
     assert any(g is not None and g.abs().sum() > 0 for g in grads)
+    if loss_name == "EnergyELBO":  # its gradient draws from the prior first; its value does not
+        torch.manual_seed(5)
+        value = loss.loss(model, guide, x)
     torch.manual_seed(5)
     rows = loss.per_datum(model, guide, x)
     assert rows.shape == (ROWS,)
     total = -float(rows.detach().sum())  # a sum of per_datum is minus the loss
     if hasattr(loss, "penalty"):
         torch.manual_seed(5)
-        total += ROWS * float(losses.REGISTRY[loss_name]().penalty(model, guide, x).detach())
+        total += ROWS * float(LOSSES[loss_name]().penalty(model, guide, x).detach())
     assert total == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("guide_name", OF_SOME)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_guides_of_some_models_alone_are_refused_by_the_others(model_name, guide_name):
+    """`compatible` says of the class whether it can be built; a guide that was built for its model is refused, too."""
+    model, reason = MODELS[model_name](), compatible(MODELS[model_name](), CLASSES[guide_name])
+    assert (reason is None) == (guide_name in OWN.get(model_name, ()))
+    if reason is not None:
+        with pytest.raises((IncompatibleError, TypeError)):
+            OF_SOME[guide_name](model, PIXELS, DIM, torch.float64)
+        assert len(reason.splitlines()) == 1
 
 
 def test_the_matrix_of_guides_and_losses():

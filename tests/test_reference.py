@@ -16,6 +16,7 @@ from torch import nn
 
 from pyrovae import reference
 from pyrovae.errors import ReferenceRefused, ScaleError
+from pyrovae.reference.grid import enclose
 from pyrovae.reference.posterior import status_of
 from pyrovae.samplers import hmc, init, langevin
 
@@ -77,6 +78,25 @@ def test_quadrature_in_two_dimensions(rho):
     for b in range(2):
         found = torch.corrcoef(truth.pooled[:, b].T)[0, 1]
         assert abs(found - r) < 4 * (1 - r**2) / number**0.5 + 1e-4  # jitter within a cell blurs by (cell / sd)^2 / 12
+
+
+@pytest.mark.parametrize(("sd", "resolved"), [(2e-3, True), (2e-5, False)])
+def test_narrow_modes_far_from_each_other_get_a_finer_grid(sd, resolved):
+    """N(-7.1, sd^2) and N(7.1, sd^2): 4,001 points lie 0.004 apart, 64,001 are near enough for the first of two sds."""
+    modes = dist.Normal(torch.tensor([-7.1, 7.1], dtype=torch.double), sd)
+
+    def log_density(u):
+        return torch.logsumexp(modes.log_prob(u), -1) - math.log(2)
+
+    place = {"rows": 1, "dim": 1, "drop": 40.0, "dtype": torch.double, "device": "cpu"}
+    if not resolved:
+        with pytest.raises(ValueError, match="cannot resolve|could not be enclosed"):
+            enclose(log_density, **place)
+        return
+    grid = enclose(log_density, **place)
+    assert float(grid.log_integral()) == pytest.approx(0.0, abs=1e-9)
+    weights = grid.values.softmax(0)
+    assert float((weights * grid.u[..., 0].square()).sum()) == pytest.approx(7.1**2 + sd**2, rel=1e-9)
 
 
 def test_quadrature_refuses_what_its_grid_cannot_resolve():

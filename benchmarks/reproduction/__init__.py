@@ -4,6 +4,8 @@ from reproduction import (
     collapse_text,
     collapse_text_ptb,
     energy_mnist,
+    exact_em,
+    exact_uses,
     gaps_mnist,
     hvae_mnist,
     infovae_mnist,
@@ -19,12 +21,13 @@ from reproduction import (
     short_run_ladder,
     short_run_ptb,
     short_run_snli,
+    topology,
     vlac_mnist,
     vlae_mnist,
     vlae_mnist_bernoulli,
 )
 
-__all__ = ["EXPERIMENTS"]
+__all__ = ["EXPERIMENTS", "GROUPS"]
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
@@ -50,5 +53,11 @@ EXPERIMENTS = {
         short_run_snli,
         short_run_ladder,
         energy_mnist,
+        exact_em,
+        exact_uses,
     )
 }
+EXPERIMENTS |= {experiment.name: experiment for experiment in topology.EXPERIMENTS}
+
+GROUPS = {"topology": tuple(experiment.name for experiment in topology.EXPERIMENTS)}
+"""Names under which several experiments are run, one after another."""

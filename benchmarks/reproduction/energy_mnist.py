@@ -24,7 +24,7 @@ __all__ = ["EXPERIMENT"]
 SIZES = (8, 8)  # of the ladders, shallowest first
 DIGITS = (1, 4, 9)
 CHAIN = PriorChain(num_steps=60, step_size=0.4)
-_DRAWS = 1000  # samples of the model in the comparison with test images
+_DRAWS, _SHOWN = 1000, 20  # samples of the model in the comparison with test images, and in the picture
 
 
 class Energy(nn.Module):
@@ -131,6 +131,28 @@ def _samples(model: Any, x: Tensor) -> dict[str, Any]:
     return {"table": "Samples before and after the tilt: sliced Wasserstein distance to test images", **found}
 
 
+def draw(guide: Any, split: Split, preset: Preset, arm: str) -> dict[str, list[Any]]:
+    """Mean images of codes from the base and from the tilted prior, as bytes."""
+    if not isinstance(guide.model, Tilted):
+        return {}
+    found = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for name, tilted in (("before", False), ("after", True)):
+            images = guide.model.mean(guide.model.sample_prior(_SHOWN, tilted=tilted))
+            found[f"{arm}, {name}"] = (255 * images).round().int().tolist()
+    return found
+
+
+def picture(runs: list[dict[str, Any]]) -> Any:
+    """Samples before and after the tilt, of the first seed."""
+    from pyrovae import plots
+
+    return plots.images({
+        name: torch.tensor(row) / 255 for arm in runs[0]["arms"] for name, row in (arm.get("drawn") or {}).items()
+    })  # fmt: skip
+
+
 def _arms() -> tuple[Arm, ...]:
     models: dict[str, Any] = {
         "VAE": partial(one_layer, tilted=False), "energy prior": partial(one_layer, tilted=True),
@@ -176,4 +198,6 @@ EXPERIMENT = Experiment(
         "noise and share of strange images are others.",
     ),
     measure=measure,
+    draw=draw,
+    picture=picture,
 )  # fmt: skip

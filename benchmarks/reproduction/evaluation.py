@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _latents(model: Any, guide: Any, data: Rows, seed: int) -> dict[str, dict[st
     """What the posteriors know; chains have no density of z alone, so no KL either."""
     if not hasattr(guide, "traits"):
         return {"KL": {"mean": 0.0, "se": 0.0}, "MI": plain(0), "AU": plain(0)}
-    if not guide.traits.marginal:
+    if not guide.traits.marginal or "continuous" not in guide.traits.latents:  # a diffusion's are noise by design
         return {}
     flow = isinstance(getattr(guide, "family_spec", None), flows.IAF)  # whose densities elsewhere take D passes each
     known = diagnose.information(
@@ -117,18 +118,19 @@ def inference_time(guide: Guide, x: Tensor) -> dict[str, float]:
     return {"mean": middle, "se": (high - low) / 2}
 
 
-def differences(arms: list[dict[str, Any]], baseline: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Arm -> bound -> paired difference from the baseline with its standard error, nats per datum.
+def differences(
+    arms: list[dict[str, Any]], baseline_of: Callable[[str], str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Arm -> bound -> paired difference from its baseline with its standard error, nats per datum.
 
     Raises:
         ValueError: arms were evaluated on different data.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
-    base = next((arm for arm in arms if arm["name"] == baseline and "values" in arm), None)
-    if base is None:
-        return found
-    for arm in arms:
-        if arm is base or "values" not in arm:
+    known = {arm["name"]: arm for arm in arms if "values" in arm}
+    for arm in known.values():
+        base = known.get(baseline_of(arm["name"]))
+        if base is None or base is arm:
             continue
         found[arm["name"]] = {}
         for bound in ("ELBO", "IWAE"):

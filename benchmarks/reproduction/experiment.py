@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import data, models
-from pyrovae.data import ImageData
 from pyrovae.data.images import Binarization
-from pyrovae.data.text import Sentences, TextData
+from pyrovae.data.text import Sentences
 from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.runtime import seeded
 from pyrovae.schedules import Schedule
+from pyrovae.training import FitResult
 
-__all__ = ["Arm", "Experiment", "Preset", "Setup", "Split", "Trained", "load", "override", "published_start", "setup"]
+__all__ = [
+    "Arm", "Experiment", "Preset", "Setup", "Split", "Trained", "load", "override", "published_start", "setup",
+    "start_noise",
+]  # fmt: skip
 
 Likelihood = Literal["bernoulli", "gaussian", "categorical"]
 
@@ -149,6 +152,7 @@ class Arm:
         published: the paper's number on this experiment's scale, nats; None where there is none.
         schedule: makes the stages of training, for `fit`; None steps all at once.
         kl_epochs: instead of the preset's.
+        stretch: how many times the preset's epochs it is trained for.
         rows: training data, instead of the preset's; for as many steps.
         cut: from the data to those the arm is trained on, such as all but one class; every arm is judged on all.
         as_long_as: name of an arm before this one; train until as many seconds have passed as that one took, instead
@@ -161,11 +165,12 @@ class Arm:
     loss: Callable[[], Any] | None = None
     model: Callable[[Preset, Split], nn.Module] | None = None
     prepare: Callable[[Setup, Any, int], None] | None = None
-    train: Callable[[Setup, Any, int], Trained] | None = None
+    train: Callable[[Setup, Any, int], Trained | FitResult] | None = None
     baseline: str | None = None
     judge: Callable[[Setup], Any] | None = None
     schedule: Callable[[Preset, Split], Schedule] | None = None
     kl_epochs: int | None = None
+    stretch: float = 1.0
     rows: int | None = None
     cut: Callable[[Split], Split] | None = None
     published: float | None = None
@@ -203,6 +208,7 @@ class Experiment:
         activation, start: of the nets; `start` sets the first weights of a net.
         measure: (guide, split, preset, progress, name of the arm) -> rows of further tables; not of arms without
             latents.
+        draw: (guide, split, preset, name of the arm) -> what `picture` needs of it, for the results file.
         facts: from the runs of all seeds to sentences on them.
         picture: from the runs of all seeds to a figure.
     """
@@ -230,6 +236,7 @@ class Experiment:
     model: Callable[[Preset, Split], nn.Module] | None = None
     pictures: bool = False
     measure: Callable[[Any, Split, Preset, bool, str], list[dict[str, Any]]] | None = None
+    draw: Callable[[Any, Split, Preset, str], Any] | None = None
     split: Callable[[Preset], Split] | None = None
     facts: Callable[[list[dict[str, Any]]], list[str]] | None = None
     picture: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -293,10 +300,15 @@ def setup(experiment: Experiment, preset: Preset, split: Split, seed: int, arm: 
             experiment.start(decoder)
     vae = models.VAE(decoder, preset.latent_dim, experiment.likelihood)
     if experiment.likelihood == "gaussian":
-        # The noise of a decoder that knows the mean image alone, which is what a fresh one gives.
-        spread = float(split.train.square().mean().sqrt())
-        vae.noise["log"].data.fill_(math.log(spread - vae.noise_floor))
+        start_noise(vae, split)
     return Setup(vae, split, preset, experiment.activation, experiment.start)
+
+
+def start_noise(model: Any, split: Split) -> Any:
+    """The model, with the noise of a decoder that knows the mean image alone, which is what a fresh one gives."""
+    spread = float(split.train.square().mean().sqrt())
+    model.noise["log"].data.fill_(math.log(spread - model.noise_floor))
+    return model
 
 
 def published_start(net: nn.Module) -> None:

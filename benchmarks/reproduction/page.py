@@ -29,9 +29,10 @@ a row says otherwise), and are evaluated on the same test data with the same see
 data of one run, so it does not count how much training differs from seed to seed. IWAE-S is the importance-weighted
 bound with S draws from each arm's own posterior: a better posterior makes it tighter, too; IWAE at a tenth of the
 draws and the share of k-hat above 0.7 say how far it can be trusted. MI is the mutual information of latents and test
-data, at most the logarithm of their number; AU counts active latents; PPL is the perplexity of a word. "train s" is
-wall-clock, in brackets the seconds of all CPU threads together, which other work on the machine moves less. "Published"
-numbers stand beside ours for orientation; what differs is said below each table.
+data, at most the logarithm of their number; AU counts active latents; both count the noise of a search for posteriors,
+too (SVI, SA-VAE). PPL is the perplexity of a word. "train s" is wall-clock, in brackets the seconds of all CPU threads
+together, which other work on the machine moves less. "Published" numbers stand beside ours for orientation; what
+differs is said below each table.
 """
 
 BOUNDS = "Bounds of log p(x) on test data"
@@ -48,8 +49,12 @@ def show(experiment: Experiment, runs: list[dict[str, Any]]) -> None:
         _print(console, f"{len(runs)} seeds together, means ± their standard error", header, rows)
         for title, columns, cells in measured(runs):
             _print(console, f"{title}; means ± standard deviation over seeds", columns, cells)
-        for fact in pairs(experiment, runs):
+        for fact in _facts(experiment, runs):
             console.print(f"* {fact}", highlight=False)
+
+
+def _facts(experiment: Experiment, runs: list[dict[str, Any]]) -> list[str]:
+    return [*pairs(experiment, runs), *([] if experiment.facts is None else experiment.facts(runs))]
 
 
 def _console() -> Console:
@@ -81,6 +86,16 @@ def write_page(runs: Path, path: Path) -> None:
     found = [json.loads(file.read_text()) for file in sorted(runs.glob("**/results.json"))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(found, path.read_text() if path.exists() else ""))
+    for experiment in EXPERIMENTS.values():
+        for preset, some in _by_preset([results for results in found if results["experiment"] == experiment.name]):
+            if experiment.picture is not None:
+                picture = path.parent / _picture(experiment, preset)
+                picture.parent.mkdir(exist_ok=True)
+                experiment.picture(some).savefig(picture)
+
+
+def _picture(experiment: Experiment, preset: str) -> str:
+    return f"images/{experiment.name}-{preset}.png"
 
 
 def page(found: list[dict[str, Any]], before: str = "") -> str:
@@ -96,7 +111,11 @@ def page(found: list[dict[str, Any]], before: str = "") -> str:
         parts.append(f"\n{title}{experiment.title}\n\nAfter {experiment.paper}. {experiment.settings}.\n")
         if not runs:
             parts.append("\nNot run yet.\n")
-        parts += [_over_seeds(experiment, preset, some) for preset, some in _repeated(runs)]
+        for preset, some in _by_preset(runs):
+            if experiment.picture is not None:
+                parts.append(f"\n![{experiment.title}, {preset}]({_picture(experiment, preset)})\n")
+            if len(some) > 1:
+                parts.append(_over_seeds(experiment, preset, some))
         for results in runs:
             parts += _section(experiment, results)
         if experiment.remarks:
@@ -106,10 +125,9 @@ def page(found: list[dict[str, Any]], before: str = "") -> str:
     return "".join(parts)
 
 
-def _repeated(runs: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Presets that were run with more than one seed, and their runs."""
-    grouped = [(name, [r for r in runs if r["preset"] == name]) for name in dict.fromkeys(r["preset"] for r in runs)]
-    return [(name, some) for name, some in grouped if len(some) > 1]
+def _by_preset(runs: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Presets and the runs of each, one a seed."""
+    return [(name, [r for r in runs if r["preset"] == name]) for name in dict.fromkeys(r["preset"] for r in runs)]
 
 
 def _over_seeds(experiment: Experiment, preset: str, runs: list[dict[str, Any]]) -> str:
@@ -119,7 +137,7 @@ def _over_seeds(experiment: Experiment, preset: str, runs: list[dict[str, Any]])
     text += _markdown(*over_seeds(runs))
     for title, columns, cells in measured(runs):
         text += f"\n{title}; means ± standard deviation over seeds:\n\n" + _markdown(columns, cells)
-    facts = pairs(experiment, runs)
+    facts = _facts(experiment, runs)
     return text + ("\n" + _bullets(facts) if facts else "")
 
 
@@ -191,7 +209,8 @@ def _known(numbers: dict[str, Any], column: str) -> str:
 
 
 def _extra(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Further measurements: rows of dicts, in which numbers are `{"mean", "se"}`."""
+    """Further measurements: rows of dicts, in which numbers are `{"mean", "se"}`, and what seeds may differ in but has
+    no mean `{"outcome"}`."""
     rows = [{"arm": arm["name"], **row} for arm in results["arms"] for row in arm.get("extra", ())]
     tables = []
     for title in dict.fromkeys(row["table"] for row in rows):
@@ -238,13 +257,16 @@ def _published(results: dict[str, Any], name: str) -> float | None:
 def _value(number: dict[str, Any] | None, *, sign: bool = False) -> str:
     if number is None:
         return ""
+    if "outcome" in number:
+        return str(number["outcome"])
     mean = f"{number['mean']:+.2f}" if sign else f"{number['mean']:.2f}"
     return mean if number["se"] is None or math.isnan(number["se"]) else f"{mean} ± {number['se']:.2f}"
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+    cells = ([cell.replace("|", r"\|") for cell in row] for row in (header, rule, *rows))
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def _bullets(facts: Any) -> str:

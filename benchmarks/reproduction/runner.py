@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from pyrovae.data import ImageData
 from pyrovae.errors import TrainingDiverged
 from pyrovae.provenance import Provenance
 from pyrovae.runtime import seeded, threads
+from pyrovae.training import FitResult
 from reproduction.evaluation import differences, evaluate
-from reproduction.experiment import Arm, Experiment, Preset, Split, load, setup
-from reproduction.training import train
+from reproduction.experiment import Arm, Experiment, Preset, Split, Trained, load, setup
+from reproduction.training import Clock, train
 
 __all__ = ["Options", "run"]
 
@@ -99,6 +101,7 @@ def _arm(
     """One arm's record, from its file where it is finished."""
     whole = split
     preset = options.preset if arm.kl_epochs is None else replace(options.preset, kl_epochs=arm.kl_epochs)
+    preset = replace(preset, epochs=round(arm.stretch * preset.epochs))
     if arm.rows is not None and arm.rows < len(split.train):
         # As many steps as the other arms take, to the nearest epoch.
         theirs, ours = (-(-rows // preset.batch_size) for rows in (len(split.train), arm.rows))
@@ -136,10 +139,16 @@ def _arm(
     try:
         if arm.prepare is not None and not (folder / "checkpoint.pt").exists():
             arm.prepare(parts, guide, options.seed)
-        result, clock = train(
-            parts.model, guide, loss, split, preset, folder, seed=options.seed, seconds=seconds,
-            by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress, schedule=schedule,
-        )  # fmt: skip
+        if arm.train is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            began, cpu = time.perf_counter(), time.process_time()
+            result: Trained | FitResult = arm.train(parts, guide, options.seed)
+            clock = Clock(result.epochs, time.perf_counter() - began, time.process_time() - cpu)
+        else:
+            result, clock = train(
+                parts.model, guide, loss, split, preset, folder, seed=options.seed, seconds=seconds,
+                by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress, schedule=schedule,
+            )  # fmt: skip
     except TrainingDiverged as error:  # a result as well: the other arms go on
         record["failed"] = str(error)
         say(f"{arm.name}: {error}")
@@ -158,6 +167,8 @@ def _arm(
             "provenance": _provenance(experiment, options, split, result.kl_weight).to_dict(),
             "extra": _extra(experiment, arm, guide, whole, options),
         }  # fmt: skip
+        if experiment.draw is not None:
+            record["drawn"] = experiment.draw(guide, whole, options.preset, arm.name)
         say(f"{arm.name}: {clock.epochs} epochs in {clock.seconds:.0f} s, {_line(numbers)}")
     _write(folder / "arm.json", record)
     return record
@@ -208,7 +219,7 @@ def _results(experiment: Experiment, options: Options, split: Split, arms: list[
         "settings": {**asdict(options.preset), "hidden": list(options.preset.hidden)},
         "train_rows": len(split.train), "test_rows": len(split.test), "data": repr(split.source),
         "split": split.source.split, "baseline": experiment.baseline, "machine": _machine(options),
-        "differences": differences(arms, experiment.baseline),
+        "differences": differences(arms, experiment.baseline_of),
         "arms": [{key: value for key, value in arm.items() if key != "values"} for arm in arms],
     }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from typing import Any
 
 from reproduction.experiment import Experiment
@@ -37,11 +38,12 @@ def over_seeds(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def measured(runs: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of the tables of further numbers, means ± standard deviations over seeds, where an arm
-    has several rows or arms differ in their columns (the others stand in `over_seeds`)."""
+    """Title, header and rows of the tables of further numbers, means ± standard deviations over seeds or how often an
+    outcome was found, where an arm has several rows, arms differ in their columns or there are outcomes (the others
+    stand in `over_seeds`)."""
     if _measured(runs[0]):
         return []
-    found: dict[str, dict[tuple[str, ...], dict[str, list[float]]]] = {}
+    found: dict[str, dict[tuple[str, ...], dict[str, list[Any]]]] = {}
     names: dict[str, list[str]] = {}
     records = [arm for results in runs for arm in results["arms"]]
     for name, row in [(arm["name"], row) for arm in records for row in arm.get("extra", ())]:
@@ -50,7 +52,7 @@ def measured(runs: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list
         cells = found.setdefault(row["table"], {}).setdefault(tuple(map(str, words.values())), {})
         for column, value in row.items():
             if isinstance(value, dict):
-                cells.setdefault(column, []).append(value["mean"])
+                cells.setdefault(column, []).append(value.get("outcome", value.get("mean")))
     tables = []
     for title, rows in found.items():
         columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
@@ -59,9 +61,12 @@ def measured(runs: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list
     return tables
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[Any]) -> str:
     if not values:
         return ""
+    if isinstance(values[0], str):
+        counts = Counter(values).most_common()
+        return "; ".join(f"{outcome} {count} of {len(values)}" for outcome, count in counts)
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
@@ -86,11 +91,12 @@ def _arm(results: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def _measured(results: dict[str, Any]) -> list[str]:
-    """Further numbers of which every arm has one."""
+    """Further numbers of which every arm has one; of outcomes there is no mean."""
     rows = [arm.get("extra", ()) for arm in results["arms"] if not arm["failed"]]
-    if not all(len(some) == 1 and some[0].keys() == rows[0][0].keys() for some in rows):
+    if not rows or not all(len(some) == 1 and some[0].keys() == rows[0][0].keys() for some in rows):
         return []
-    return [column for column, value in rows[0][0].items() if isinstance(value, dict)] if rows else []
+    numbers = {column: value for column, value in rows[0][0].items() if isinstance(value, dict)}
+    return [] if any("outcome" in value for value in numbers.values()) else list(numbers)
 
 
 def _value(arm: dict[str, Any], column: str) -> float:

@@ -86,11 +86,14 @@ class Outcome:
     seconds: float = 0.0
 
     @property
+    def every(self) -> list[Check | JointCheck]:
+        return [*self.checks, *self.joint]
+
+    @property
     def failed(self) -> list[Check | JointCheck]:
-        found: list[Check | JointCheck] = [*self.checks, *self.joint]
-        return [check for check in found if check.verdict == "FAIL"]
+        return [check for check in self.every if check.verdict == "FAIL"]
 
     @property
     def passed(self) -> bool:
         """No check failed, and there was one."""
-        return bool(self.checks or self.joint) and not self.failed
+        return bool(self.every) and not self.failed

@@ -54,7 +54,7 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
         say(to_rich(outcome))
     if outcome.joint:
         say(joint_to_rich(outcome))
-    for check in (*outcome.checks, *outcome.joint):
+    for check in outcome.every:
         if check.verdict in ("FAIL", "local optimum"):
             say(f"{check.verdict} {check.guide} on {check.problem}: {'; '.join(check.reasons)}")
     if settings.page is not None:

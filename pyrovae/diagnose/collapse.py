@@ -12,6 +12,10 @@ data of its posterior mean passes 0.01 (Burda, Grosse & Salakhutdinov 2016); the
 taken out. Active latents and the reconstruction :math:`\mathbb{E}_{q(u|x_n)} \log p(x_n \mid u)` take draws alone, so
 `active_units` has them for guides without a density, too.
 
+All of it is of the posteriors as they were found. Where the search for them is noisy (`SemiAmortized` and `LocalSVI`
+follow sampled gradients), its noise moves them apart as well: KL, I and active latents count it, and what the latents
+know of the data may be less.
+
 Sources: Hoffman & Johnson, ELBO surgery (2016), for the decomposition.
 """
 

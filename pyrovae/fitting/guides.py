@@ -13,9 +13,10 @@ from pyrovae.comparison.recipes import Net, Recipe
 from pyrovae.fitting.recipes import Form, encoder_of
 from pyrovae.guides.base import Guide
 from pyrovae.models import no_latents
+from pyrovae.nets import ChartMLP
 from pyrovae.runtime import seeded
 
-__all__ = ["GUIDES", "NO_GUIDE", "build_guide"]
+__all__ = ["GUIDES", "KINDS", "NO_GUIDE", "build_guide"]
 
 NO_GUIDE = "none"
 _STAGES = 3  # components of a recursive mixture
@@ -49,6 +50,20 @@ def _hvae(model: Any, net: Net, start: nn.Module | None) -> Guide:
     return guides.HVAE(_base(model, net), num_steps=4)
 
 
+def _exact(model: Any, net: Net, start: nn.Module | None) -> Guide:
+    return guides.Exact(model)
+
+
+def _charts(model: Any, net: Net, start: nn.Module | None) -> Guide:
+    *_, features = sizes = model.charts.sizes  # from coordinates to features; the guide's maps go back
+    maps = ChartMLP(model.num_charts, [features, *sizes[1:-1], 2 * model.latent_dim])
+    return guides.Charts(model, net(features), maps, net(model.num_charts))
+
+
+def _forward_process(model: Any, net: Net, start: nn.Module | None) -> Guide:
+    return guides.ForwardProcess(model)
+
+
 def _none(model: Any, net: Net, start: nn.Module | None) -> Any:
     return no_latents
 
@@ -61,7 +76,19 @@ GUIDES: dict[str, Recipe] = {
     "recursive-mixture": _recursive,
     "dais": _dais,
     "hvae": _hvae,
+    "exact": _exact,
+    "charts": _charts,
+    "forward-process": _forward_process,
     NO_GUIDE: _none,
+}
+
+# What each is, to be asked before there is a model to build it for.
+KINDS: dict[str, Any] = {
+    **{name: kind for name, kind in guides.REGISTRY.items() if name in GUIDES},
+    "amortized-full-rank": guides.Amortized,
+    "amortized-iaf": guides.Amortized,
+    "charts": guides.Charts,
+    "forward-process": guides.ForwardProcess,
 }
 
 

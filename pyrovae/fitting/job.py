@@ -13,19 +13,19 @@ import torch
 from pyrovae import checkpoint as files
 from pyrovae import training
 from pyrovae.comparison.machine import require_device, set_threads
-from pyrovae.fitting import numbers
+from pyrovae.evidence.estimate import UNNORMALISED
+from pyrovae.fitting import atlas, numbers, tilted
 from pyrovae.fitting.guides import build_guide
 from pyrovae.fitting.material import Material, gather
-from pyrovae.fitting.objectives import build_loss, build_schedule
+from pyrovae.fitting.objectives import build_loss, build_optimizer, build_schedule
 from pyrovae.fitting.outcome import Outcome
 from pyrovae.fitting.pairing import require
-from pyrovae.fitting.recipes import LANGUAGE_MODEL, build_model
+from pyrovae.fitting.recipes import DIFFUSION, LANGUAGE_MODEL, build_model
 from pyrovae.fitting.settings import Settings
 from pyrovae.generate import centre
 from pyrovae.handlers import LinearSchedule
-from pyrovae.optim import Adam
 from pyrovae.provenance import Provenance
-from pyrovae.table import Number
+from pyrovae.store import fresh
 
 __all__ = ["run"]
 
@@ -58,7 +58,7 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     material = gather(s)
     pixels = material.form.pixels or _TEXT_WORK
     threads = set_threads(s.threads, pixels, s.batch_size)
-    model = build_model(s.model, material.form, latent_dim=s.latent_dim, classes=s.classes, seed=s.seed,
+    model = build_model(s.model, material.form, latent_dim=s.latent_dim, variant=s.variant, seed=s.seed,
                         device=s.device)  # fmt: skip
     guide = build_guide(s.guide, model, material.form, seed=s.seed, device=s.device)
     outcome = Outcome(s, _provenance(s, material, threads), model, guide)
@@ -69,9 +69,10 @@ def run(settings: Settings, say: Callable[[Any], None] = print) -> Outcome:
     if s.quick:
         outcome.told.append("This is a quick run on few data: it shows everything and proves nothing.")
     job = _Job(outcome, material, out, say)
-    job.phase("training", job.train)
-    job.phase("evaluation", job.evaluate)
-    job.phase("report", job.write)
+    with fresh():  # nothing of earlier runs is in Pyro's store, and nothing of this one is left there
+        job.phase("training", job.train)
+        job.phase("evaluation", job.evaluate)
+        job.phase("report", job.write)
     return outcome
 
 
@@ -95,10 +96,10 @@ def _require_folder(s: Settings, out: Path) -> None:
 
 def _provenance(s: Settings, material: Material, threads: int) -> Provenance:
     rows = material.rows
-    exact = s.model == LANGUAGE_MODEL
+    drawn = s.model not in (LANGUAGE_MODEL, DIFFUSION)  # whose numbers are of no importance draws
     return Provenance(
         split="test", num_data=len(material.test), likelihood=material.form.likelihood, seed=s.seed,
-        num_samples=None if exact else s.num_samples, device=s.device, threads=threads,
+        num_samples=s.num_samples if drawn else None, device=s.device, threads=threads,
         dtype=str(rows.dtype if rows.is_floating_point() else torch.get_default_dtype()).removeprefix("torch."),
         **material.origin,
     )  # fmt: skip
@@ -116,9 +117,15 @@ class _Job:
         self.outcome.phases[name] = time.perf_counter() - began
 
     def train(self) -> None:
-        """One stage, of a VLAC two: its components are placed among the codes of the first."""
+        """One stage, of a VLAC two: its components are placed among the codes of the first.
+
+        Charts are given places before, and their weights after; log Z of a tilted prior is measured at the end.
+        """
         o = self.outcome
         s = o.settings
+        charts = getattr(getattr(o.guide, "traits", None), "charts", False)
+        if charts and not (s.resume and (self.out / "checkpoint.pt").exists()):
+            o.guide.start(self.material.train, seed=s.seed)
         if s.model != "vlac" or s.epochs == 1:
             if s.model == "vlac":
                 o.told.append("With a single epoch the clusters started blind: pass --epochs 2 or more.")
@@ -131,6 +138,10 @@ class _Job:
             self._place()
             later = s.schedule if early and s.schedule != "deep-first" else "none"
             self._fit("with clusters", s.epochs - first, 0, later, s.patience, "checkpoint.pt")
+        if charts:
+            atlas.settle(o.model, o.guide, self.material.train)
+        if o.model.traits.tilted:
+            tilted.measure(o)
         files.save(self.out / "weights.pt", {"state": files.snapshot_modules(o.model, o.guide)})
         o.objective = "log p(x)" if s.model == LANGUAGE_MODEL else o.fit.objective
 
@@ -140,7 +151,8 @@ class _Job:
         per_epoch = -(-len(m.train) // s.batch_size)
         groups = len(getattr(o.model, "sizes", (1,)))
         o.fits[name] = training.fit(
-            o.model, o.guide, m.train, loss=build_loss(s.loss, o.model, o.guide), optimizer=Adam(lr=s.learning_rate),
+            o.model, o.guide, m.train, loss=build_loss(s.loss, o.model, o.guide),
+            optimizer=build_optimizer(s.rate),
             schedule=build_schedule(schedule, groups=groups, steps=epochs * per_epoch), epochs=epochs,
             batch_size=s.batch_size, transform=m.transform, validation=m.validation, patience=patience or None,
             kl_weight=LinearSchedule(kl_warmup * per_epoch, start=0.1) if kl_warmup else 1.0, seed=s.seed,
@@ -162,11 +174,14 @@ class _Job:
     def evaluate(self) -> None:
         o, alone = self.outcome, numbers.independent_pixels(self.material)
         o.findings = numbers.evaluate(o.model, o.guide, self.material, o.settings.num_samples, o.settings.seed)
-        bound = next((value for name, value in o.findings.numbers.items() if name.startswith("IWAE")), None)
-        if alone is not None and isinstance(bound, Number) and not bound.value > alone:
+        if o.log_z is not None:
+            o.findings.numbers = {"log Z": o.log_z, **o.findings.numbers}
+        score = None if o.findings.kind == UNNORMALISED else o.findings.score
+        if alone is not None and score is not None and not score[1].value > alone:
             o.told.append(
-                f"The bound is not above what independent pixels without any latent reach, {alone:.5g} nats: training "
-                "went wrong, or was too short. Try a smaller --learning-rate, or more --epochs."
+                f"The {score[0].removesuffix(', exact')} is not above what independent pixels without any latent "
+                f"reach, {alone:.5g} nats: training went wrong, or was too short. Try a smaller --learning-rate, or "
+                "more --epochs."
             )
 
     def write(self) -> None:

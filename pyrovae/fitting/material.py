@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae.data import ImageData, Sentences, Vocabulary
 from pyrovae.errors import DataError
-from pyrovae.fitting.recipes import PIXEL_MODELS, Form
+from pyrovae.fitting.recipes import DIFFUSION, GREY_MODELS, PIXEL_MODELS, Form
 
 __all__ = ["COLOUR", "TEXTS", "Material", "gather"]
 
@@ -65,6 +65,10 @@ class Material:
         """The test data as one tensor."""
         return cast(Tensor, getattr(self.test, "tokens", self.test))
 
+    def planes(self, x: Tensor) -> Tensor:
+        """Pictures `[K, C, H, W]`, in the range that screens have: a Gaussian's mean may pass it."""
+        return x.reshape(-1, *self.form.image).clamp(-1.0 if self.signed else 0.0, 1.0)
+
     def to(self, device: str) -> Material:
         """The same on another device."""
         held_out = None if self.validation is None else self.validation.to(device)
@@ -105,7 +109,7 @@ def _trimmed(sentences: Sentences) -> Sentences:
 
 def _images(settings: Any) -> Material:
     binarization = settings.binarization or (
-        "none" if settings.model == "ppca" or settings.data in COLOUR else "static"
+        "none" if settings.model in GREY_MODELS or settings.data in COLOUR else "static"
     )
     images = datasets.load(settings.data, binarization=cast(Any, binarization), seed=settings.seed)
     fingerprint, held_out = images.fingerprint, None
@@ -118,22 +122,27 @@ def _images(settings: Any) -> Material:
     grey, pixelwise = binarization == "none", settings.model in PIXEL_MODELS
     likelihood = ("logistic" if pixelwise else "gaussian") if grey else "bernoulli"
     form = Form(image=_planes(images), likelihood=likelihood)
+    centred = settings.model == DIFFUSION  # whose last step is a standard normal
 
     def shaped(x: Tensor) -> Tensor:
         if images.image_shape[-1] == 3 and len(images.image_shape) == 3:
             x = x.unflatten(1, images.image_shape).movedim(-1, 1).flatten(1)  # colours in front
         if grey and pixelwise:
             x = (x * _LEVELS).round() / (_LEVELS / 2) - 1
+        if centred:
+            x = 2 * x - 1
         return x.unflatten(1, form.image) if pixelwise else x
 
     labels = images.test_labels
     return Material(
         train=shaped(images.train), test=shaped(images.test[: settings.num_data]),
         validation=None if held_out is None else shaped(held_out),
-        labels=None if labels is None else labels[: settings.num_data], form=form, signed=grey and pixelwise,
+        labels=None if labels is None else labels[: settings.num_data], form=form,
+        signed=centred or (grey and pixelwise),
         transform=torch.bernoulli if binarization == "dynamic" else None, vocabulary=None,
         origin={"data": images.name, "fingerprint": fingerprint, "binarization": binarization,
-                "preprocessing": "256 levels in [-1, 1]" if grey and pixelwise else images.preprocessing},
+                "preprocessing": "256 levels in [-1, 1]" if grey and pixelwise else "scaled to [-1, 1]" if centred
+                else images.preprocessing},
         told=images.split,
     )  # fmt: skip
 

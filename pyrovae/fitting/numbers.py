@@ -1,6 +1,7 @@
 """Numbers of a trained run on test data; nothing here changes a weight.
 
-Bounds are of log p(x) in nats per datum, their standard errors over data. What has no value says why in words.
+Bounds are of log p(x) in nats per datum, their standard errors over data. What has no value says why in words. Of a
+tilted prior, numbers are estimates where log Z has been measured, else log p(x) + log Z.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pyrovae import diagnose, evidence
 from pyrovae.chunks import per_chunk
 from pyrovae.diagnose.collapse import ACTIVE
 from pyrovae.errors import LatentError, NoDensityError
+from pyrovae.evidence.estimate import LOWER, NO_BOUND, UNNORMALISED, kind_of
+from pyrovae.fitting import atlas, denoising
 from pyrovae.fitting.material import Material
 from pyrovae.fitting.outcome import Findings, Group
 from pyrovae.minibatches import Rows
@@ -31,20 +34,27 @@ _DRAWS, _SCORED = 100, 40  # of every posterior, for its mean; of them, for its 
 _AT_MOST = "perplexity, at most"  # a lower bound of log p(x) bounds it from above
 _CHAIN = "unknown: the density is of the whole chain, not of z"
 _NO_DENSITY = "no bound: the guide has draws but no density"
+_OF_CHARTS = "none: a coordinate means something within its chart alone"
+_NAMED = {LOWER: "{}", NO_BOUND: "{} (estimate)", UNNORMALISED: "{} + log Z"}  # numbers of each kind
+_AUDITED = 20  # data whose posterior is integrated on a grid
 
 
 def evaluate(model: Any, guide: Any, material: Material, num_samples: int, seed: int) -> Findings:
     """All numbers of a model and its guide on the test data."""
     if not hasattr(guide, "traits"):
         return _exact(model, material)
-    x, found = material.rows, Findings()
+    if model.traits.latents == "diffusion":
+        return denoising.evaluate(model, guide, material, seed)
+    x, found = material.rows, Findings(kind=kind_of(model, LOWER))
     if guide.traits.has_density:
         weights = _weights(model, guide, material, num_samples, seed)
-        elbo, iwae = evidence.summarize(weights)
+        elbo, iwae = evidence.summarize(weights, model=model)
+        name = _NAMED[iwae.kind]
         found.khat = diagnose.pareto_khat(weights)
         share = float((~(found.khat <= 0.7)).double().mean())
         found.numbers = {
-            "ELBO": Number(elbo.mean, elbo.mean_se), iwae.name: Number(iwae.mean, iwae.mean_se),
+            name.format(elbo.name): Number(elbo.mean, elbo.mean_se),
+            name.format(iwae.name): Number(iwae.mean, iwae.mean_se),
             "k-hat above 0.7": Number(share, math.sqrt(share * (1 - share) / len(x))),
         }  # fmt: skip
         if material.vocabulary is not None:
@@ -56,14 +66,21 @@ def evaluate(model: Any, guide: Any, material: Material, num_samples: int, seed:
     if hasattr(model, "log_evidence"):
         with torch.no_grad():
             found.numbers["log p(x), exact"] = _mean(model.log_evidence(x).double())
+        found.numbers |= _audit(model, guide, x, num_samples, seed)
     rows = min(64, _at_once(_DRAWS * material.width))
+    found.numbers |= _information(model, guide, x, seed, rows)
+    if model.traits.charts:
+        found.numbers |= dict.fromkeys(("active latents", "linear probe"), _OF_CHARTS)
+        found.numbers |= atlas.facts(model, guide, material, seed)
+        return found
     u = per_chunk(
         lambda *some: guide.draws(_DRAWS, *some), (model, guide), (x,), {}, plate=guide.plate, batched=guide.batched,
         seed=seed, chunk=rows,
     )  # fmt: skip
     found.centre = u.mean(0)
     variance = _mean_variance(u)
-    _information(found, model, guide, x, variance, seed, rows)
+    found.numbers["active latents"] = Number(float((variance > ACTIVE).sum()))
+    found.numbers["latents"] = Number(float(len(variance)))
     if hasattr(model, "groups"):
         found.groups = _groups(model, guide, material, u, variance, seed)
     found.numbers["linear probe"] = _probe(found.centre, material.labels, seed)
@@ -142,24 +159,37 @@ def _mean_variance(u: Tensor) -> Tensor:
     return (u.mean(0).var(0) - u.var(0).mean(0) / len(u)).clamp_min(0)
 
 
-def _information(
-    found: Findings, model: Any, guide: Any, x: Tensor, variance: Tensor, seed: int, rows: int
-) -> None:  # fmt: skip
-    """KL to the prior, mutual information with its cap, active latents."""
+def _audit(model: Any, guide: Any, x: Tensor, num_samples: int, seed: int) -> dict[str, Number | str]:
+    """What the guide loses, exactly and as Monte Carlo sees it, of few data with one or two latents."""
+    if model.latent_dim > 2 or not (guide.traits.has_density and guide.traits.marginal):
+        return {}
+    some = x[:_AUDITED]
+    names = (f"KL(q || p(z|x)) of {len(some)} data, exact", "log p(x) - ELBO of these, Monte Carlo",
+             "KL(p(z|x) || q) of these, exact")  # fmt: skip
+    try:
+        found = diagnose.audit(model, guide, some, num_samples=num_samples, seed=seed)
+    except ValueError as error:  # tails that no grid resolves
+        return dict.fromkeys(names, f"unknown: {error}")
+    values = [Number(one.mean, one.mean_se) for one in (found.kl, found.gap, found.reverse)]
+    return dict(zip(names, values, strict=True))
+
+
+def _information(model: Any, guide: Any, x: Tensor, seed: int, rows: int) -> dict[str, Number | str]:
+    """KL to the prior, or to its base where it is tilted, and mutual information with its cap."""
+    name, found = "KL to the prior's base" if model.traits.tilted else "KL", dict[str, Number | str]()
     if guide.traits.has_density and guide.traits.marginal:
         known = diagnose.information(
             model, guide, x, num_samples=_DRAWS, num_scored=_SCORED, seed=seed, chunk=rows
         )  # fmt: skip
         mutual = known.mutual_information
-        found.numbers["KL"] = _mean(known.kl)
-        found.numbers["mutual information"] = _CHAIN if mutual is None else Number(mutual)
+        found[name] = _mean(known.kl)
+        found["mutual information"] = _CHAIN if mutual is None else Number(mutual)
     else:
-        found.numbers["KL"] = found.numbers["mutual information"] = (
+        found[name] = found["mutual information"] = (
             _CHAIN if guide.traits.has_density else "unknown: the guide has no density"
         )
-    found.numbers["log N, the most it can be"] = Number(math.log(len(x)))
-    found.numbers["active latents"] = Number(float((variance > ACTIVE).sum()))
-    found.numbers["latents"] = Number(float(len(variance)))
+    found["log N, the most it can be"] = Number(math.log(len(x)))
+    return found
 
 
 def _groups(model: Any, guide: Any, material: Material, u: Tensor, variance: Tensor, seed: int) -> list[Group]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrovae.diagnose import Clustering
+from pyrovae.evidence.estimate import LOWER
 from pyrovae.fitting.settings import Settings
 from pyrovae.provenance import Provenance
 from pyrovae.table import Number
@@ -61,15 +62,27 @@ class Findings:
 
     Attributes:
         numbers: measure -> value with its standard error over data, or why there is none.
+        kind: of the ELBO and the importance-weighted numbers, what statement on log p(x) they are
+            (`evidence.Estimate.kind`).
         groups: of a ladder, shallowest first.
         centre: posterior means `[N, D]`, or None of a model without latents.
         khat: `[N]`, or None.
     """
 
     numbers: dict[str, Number | str] = field(default_factory=dict)
+    kind: str = LOWER
     groups: list[Group] = field(default_factory=list)
     centre: Tensor | None = None
     khat: Tensor | None = None
+
+    @property
+    def score(self) -> tuple[str, Number] | None:
+        """The best that is known of log p(x): its name and value."""
+        for start in ("log p(x), exact", "IWAE", "ELBO"):
+            for name, value in self.numbers.items():
+                if name.startswith(start) and isinstance(value, Number):
+                    return name, value
+        return None
 
 
 @dataclass
@@ -81,6 +94,7 @@ class Outcome:
         model, guide: as they were trained.
         fits: stages of the training, by name.
         findings: on test data.
+        log_z: of a tilted prior, as it was measured, or why it was not; None of other models.
         phases: seconds by phase.
         told: remarks a reader needs.
     """
@@ -92,6 +106,7 @@ class Outcome:
     objective: str = ""
     fits: dict[str, FitResult] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+    log_z: Number | str | None = None
     phases: dict[str, float] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
@@ -121,6 +136,7 @@ class Outcome:
             "provenance": self.provenance.to_dict(),
             "remarks": self.told,
             "numbers": {name: _json(value) for name, value in self.findings.numbers.items()},
+            "kind": self.findings.kind,
             "groups": [group.to_dict() for group in self.findings.groups],
             "training": {
                 "objective": self.objective, "curve": self.curve, "validation": [list(v) for v in self.validation],

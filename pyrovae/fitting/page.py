@@ -10,37 +10,71 @@ from typing import Any
 
 from pyrovae import plots
 from pyrovae import report as parts
+from pyrovae.evidence.estimate import LOWER, NO_BOUND, UNNORMALISED
 from pyrovae.fitting.guides import NO_GUIDE
 from pyrovae.fitting.material import Material
 from pyrovae.fitting.outcome import Outcome
-from pyrovae.fitting.pictures import Picture
-from pyrovae.fitting.recipes import LANGUAGE_MODEL
+from pyrovae.fitting.picture import Picture
+from pyrovae.fitting.pictures import left_out
+from pyrovae.fitting.recipes import CHARTS, DIFFUSION, LANGUAGE_MODEL, TILTED
 from pyrovae.fitting.sentences import Sentences
 from pyrovae.table import Number
 
 __all__ = ["lead", "pictures", "report", "sentences", "to_rich"]
 
-_SHARES = ("k-hat above 0.7", "linear probe")
-_COUNTS = ("active latents", "latents")
+_SHARES = ("k-hat above 0.7", "linear probe", "coverage", "coverage of test data")
+_COUNTS = ("active latents", "latents", "charts in use", "charts", "steps")
+_UNITS = "Nats per datum, mean ± standard error over test data."
+_KINDS = {
+    LOWER: "ELBO and IWAE are lower bounds of log p(x), the second the tighter one.",
+    NO_BOUND: (
+        "ELBO and IWAE are estimates of log p(x), not bounds: the log Z of the tilted prior that is taken off was "
+        "measured by annealing, which finds it from below. Its error is common to all data and not in theirs."
+    ),
+    UNNORMALISED: (
+        "ELBO and IWAE are lower bounds of log p(x) + log Z, with the unknown log Z of the tilted prior, the same for "
+        "all data: they compare data, not models."
+    ),
+}
 _LEGEND = (
-    "Nats per datum, mean ± standard error over test data. ELBO and IWAE are lower bounds of log p(x), the second the "
-    "tighter one. k-hat above 0.7 marks data whose importance weights cannot be trusted. Mutual information is what a "
-    "code tells about which of the N test data it is of, at most log N. A latent is active where its posterior mean "
-    "moves with the data. The probe is a linear predictor of labels from posterior means: half of the test data to "
-    "fit it, the rest to judge it."
+    "k-hat above 0.7 marks data whose importance weights cannot be trusted. Mutual information is what a code tells "
+    "about which of the N test data it is of, at most log N."
 )
+_CODES = (
+    "A latent is active where its posterior mean moves with the data. The probe is a linear predictor of labels from "
+    "posterior means: half of the test data to fit it, the rest to judge it."
+)
+_ATLAS = (
+    "A chart is in use where the predictor likes it best for some test datum. Unfaithfulness is the distance of a "
+    "generated datum to the nearest training datum, coverage the share of training data that are nearest to one of as "
+    "many generated data as there are test data; test data show what is usual. A cycle residual is how far "
+    "coordinates are from where they were after a way into another chart and back, where two charts hold a datum; the "
+    "side of a chart is 1."
+)
+_STEPS = (
+    "The ELBO is a lower bound of log p(x), the sum over all steps of the chain, with one draw of the noise at each. "
+    "Values lie in [-1, 1]; the second line is the same bound for values in [0, 1], to be compared with other models. "
+    "The chain should end where its prior is: that KL should be near 0."
+)
+_GRID = (
+    "The exact divergences are integrals over a grid; the gap that Monte Carlo sees should agree with the first."
+)
+
+
+_SCORES = {LOWER: "log p(x) of at least", NO_BOUND: "log p(x) of about", UNNORMALISED: "log p(x) + log Z of at least"}
 
 
 def report(outcome: Outcome, material: Material, shown: Sequence[str]) -> str:
     """The whole page."""
-    o = outcome
+    o, missing = outcome, left_out(outcome)
     sections = [
         "".join(parts.paragraph(words) for words in o.told),
         parts.section("Training", parts.figure(_curves(o), "training curve"), parts.paragraph(_training(o), "soft")),
         *shown,
+        *([parts.section("Left out", parts.paragraph(missing, "soft"))] if missing else []),
         parts.section("Numbers", _table(["", "value"], [[name, _text(name, value)] for name, value in
                                                         o.findings.numbers.items()]),
-                      parts.paragraph(_LEGEND, "soft")),
+                      parts.paragraph(_legend(o), "soft")),
         *_groups(o),
         parts.section("Where the numbers come from", parts.facts(_facts(o, material))),
     ]  # fmt: skip
@@ -52,19 +86,19 @@ def lead(outcome: Outcome) -> str:
     o, found = outcome, outcome.findings.numbers
     s = o.settings
     who = f"the {s.guide} guide" if s.model != LANGUAGE_MODEL else "no guide, as it has no latents"
+    where = "" if s.manifold == "plane" else f", its latents on a {s.manifold},"
     first = (
-        f"The model {s.model!r} with {who} was trained on {o.objective} for {len(o.curve)} epochs"
+        f"The model {s.model!r}{where} with {who} was trained on {o.objective} for {len(o.curve)} epochs"
         f"{'' if o.provenance.binarization != 'dynamic' else ' of newly binarised images'}."
     )
-    exact = found.get("log p(x), exact")
-    bounds = [(name, value) for name, value in found.items() if name.startswith("IWAE")]
-    if isinstance(exact, Number):
-        score = f" A test datum has log p(x) = {_text('', exact)} nats on average"
-    elif bounds and isinstance(bounds[0][1], Number):
-        score = f" A test datum has log p(x) of at least {_text('', bounds[0][1])} nats on average ({bounds[0][0]})"
-    else:
+    best, more = o.findings.score, list[str]()
+    if best is None:
         score = " This guide has draws but no density, so there is no bound of log p(x)"
-    more = []
+    elif best[0] == "log p(x), exact":
+        score = f" A test datum has log p(x) = {_text('', best[1])} nats on average"
+    else:
+        how = f"{best[0].partition(' (')[0]}{', less the measured log Z' if o.findings.kind == NO_BOUND else ''}"
+        score = f" A test datum has {_SCORES[o.findings.kind]} {_text('', best[1])} nats on average ({how})"
     for name, words in (("perplexity", "is"), ("perplexity, at most", "is at most")):
         if isinstance(found.get(name), Number):
             more.append(f"its perplexity {words} {_text('', found[name])}")
@@ -72,6 +106,9 @@ def lead(outcome: Outcome) -> str:
     if isinstance(mutual, Number):
         cap = found["log N, the most it can be"]
         more.append(f"the code tells {_text('', mutual)} of at most {_text('', cap)} nats about which datum it is of")
+    charts = found.get("charts in use")
+    if isinstance(charts, Number):
+        more.append(f"{charts.value:.0f} of {_text('charts', found['charts'])} charts are in use")
     if isinstance(active, Number):
         more.append(f"{active.value:.0f} of {_text('latents', found['latents'])} latents are in use")
     return first + score + "".join(f"{'; '}{words}" for words in more) + "."
@@ -109,8 +146,9 @@ def to_rich(outcome: Outcome) -> Any:
     from rich.table import Table
 
     o = outcome
+    where = "" if o.settings.manifold == "plane" else f" on a {o.settings.manifold}"
     table = Table(
-        title=f"{o.settings.model}, {o.settings.guide}, {o.objective} on {o.provenance.num_data} test data of "
+        title=f"{o.settings.model}{where}, {o.settings.guide}, {o.objective} on {o.provenance.num_data} test data of "
         f"{o.provenance.data}, nats per datum", caption=" ".join(o.told), box=box.SIMPLE_HEAD, title_justify="left",
         caption_justify="left",
     )  # fmt: skip
@@ -118,8 +156,9 @@ def to_rich(outcome: Outcome) -> Any:
     table.add_column("value", justify="right", no_wrap=True)
     for name, value in o.findings.numbers.items():
         table.add_row(name, _text(name, value))
+    kl = "KL to the base" if o.settings.model in TILTED else "KL"
     for group in o.findings.groups:
-        table.add_row(f"KL of {group.name} ({group.active} of {group.size} latents active)", _text("KL", group.kl))
+        table.add_row(f"{kl} of {group.name} ({group.active} of {group.size} latents active)", _text("KL", group.kl))
         if group.clustering is not None:
             c = group.clustering
             table.add_row(f"clusters of {group.name}, {c.used} of {len(c.table)} used",
@@ -133,8 +172,9 @@ def _groups(o: Outcome) -> list[str]:
         return []
     rows = [[g.name, str(g.size), _text("KL", g.kl), f"{g.active} of {g.size}", _text("linear probe", g.probe)]
             for g in groups]  # fmt: skip
+    kl = "KL to the base, nats" if o.settings.model in TILTED else "KL, nats"
     sections = [parts.section(
-        "Latent groups", _table(["group", "latents", "KL, nats", "active", "linear probe"], rows),
+        "Latent groups", _table(["group", "latents", kl, "active", "linear probe"], rows),
         parts.paragraph(f"z1 is the shallowest group, z{len(groups)} the deepest.", "soft"),
     )]  # fmt: skip
     if groups[0].clusters is None:
@@ -169,8 +209,13 @@ def _curves(o: Outcome) -> Any:
 
 def _training(o: Outcome) -> str:
     """What the curve shows."""
-    s, words = o.settings, [f"{o.objective} of the training data, mean of every epoch."]
-    if o.objective == "E_q log p(x,z)":
+    s, words = o.settings, [f"{o.objective[0].upper()}{o.objective[1:]} of the training data, mean of every epoch."]
+    if o.settings.model in TILTED:
+        words.append(
+            "It lacks log Z of the prior, which moves with training: the curve may rise or fall without the model "
+            "getting better or worse."
+        )
+    elif o.objective == "E_q log p(x,z)":
         words.append("It is no bound of log p(x).")
     elif o.objective not in ("ELBO", "log p(x)") and not o.objective.startswith("IWAE"):
         words.append("An objective with terms of its own, no bound: models are compared by the numbers below.")
@@ -186,9 +231,22 @@ def _training(o: Outcome) -> str:
     return " ".join(words)
 
 
+def _legend(o: Outcome) -> str:
+    """What the numbers are."""
+    model, names = o.settings.model, o.findings.numbers
+    if model == DIFFUSION:
+        return f"{_UNITS} {_STEPS}"
+    words = [_UNITS, _KINDS[o.findings.kind], _LEGEND, _ATLAS if model == CHARTS else _CODES]
+    if any(name.startswith("KL(q ||") for name in names):
+        words.append(_GRID)
+    return " ".join(words)
+
+
 def _facts(o: Outcome, material: Material) -> dict[str, Any]:
     origin = {k: v for k, v in o.provenance.to_dict().items() if k != "versions" and v not in ("", None)}
-    s = {k: v for k, v in o.settings.to_dict().items() if k not in origin and v not in ("", None)}
+    others = {"classes": "vlac", "manifold": "vae"}  # options of one model
+    s = {k: v for k, v in o.settings.to_dict().items() if k not in origin and v not in ("", None) and
+         others.get(k, o.settings.model) == o.settings.model}  # fmt: skip
     guide = repr(o.guide) if s["guide"] != NO_GUIDE else NO_GUIDE
     seconds = {f"{name} (s)": f"{value:.1f}" for name, value in o.phases.items()}
     return {**origin, **o.provenance.versions, "parts": material.told, **s, "guide": guide, **seconds}
@@ -199,7 +257,7 @@ def _text(name: str, value: Number | str) -> str:
         return value
     if name in _COUNTS:
         return f"{value.value:.0f}"
-    scale, digits, unit = (100, 1, " %") if name in _SHARES else (1, 2, "")
+    scale, digits, unit = (100, 1, " %") if name in _SHARES else (1, 3 if name == "log Z" else 2, "")
     spread = "" if value.se is None else f" ± {scale * value.se:.{digits}f}"
     return f"{scale * value.value:z.{digits}f}{spread}{unit}"
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pyrovae.compat import compatible
 from pyrovae.data.sources import NAMES
 from pyrovae.errors import DataError, IncompatibleError
-from pyrovae.fitting.guides import GUIDES, NO_GUIDE, build_guide
+from pyrovae.fitting.guides import GUIDES, KINDS, NO_GUIDE, build_guide
 from pyrovae.fitting.material import COLOUR, TEXTS
 from pyrovae.fitting.objectives import LOSSES, SCHEDULES, build_loss, build_schedule, candidates
-from pyrovae.fitting.recipes import LANGUAGE_MODEL, MODELS, PIXEL_MODELS, TEXT_MODELS, Form, build_model
+from pyrovae.fitting.recipes import (
+    DIFFUSION,
+    GREY_MODELS,
+    LANGUAGE_MODEL,
+    MODELS,
+    PIXEL_MODELS,
+    PLAIN,
+    TEXT_MODELS,
+    TILTED,
+    Form,
+    Variant,
+    build_model,
+)
 from pyrovae.fitting.settings import Settings
 from pyrovae.models import no_latents
 
@@ -29,25 +42,33 @@ def require(settings: Settings) -> None:
     """
     s = settings
     _data(s)
-    model, guide = _pair(s.model, s.guide, s.classes)
-    reason = _pairing(s, s.guide)
+    reason = _pairing(s.model, s.guide)
     if reason is not None:
-        raise IncompatibleError(f"{reason}; with --model {s.model} go --guide {_or(_guides(s))}")
+        others = [name for name in MODELS if _pairing(name, s.guide) is None]
+        raise IncompatibleError(
+            f"{_why(reason)}; with --model {s.model} go --guide {_or(_guides(s.model))}, with --guide {s.guide} go "
+            f"--model {_or(others)}"
+        )
+    if s.manifold != "plane" and s.model != "vae":
+        raise IncompatibleError(
+            f"the latents of the model {s.model!r} lie on no {s.manifold}: leave --manifold out, or pass --model vae"
+        )
+    model, guide = _pair(s.model, s.guide, s.variant)
     if s.classes == "enumerated":
         _enumerated(s)
     if s.loss:
-        reason = _why_not(model, guide, s.model, s.loss)
+        reason = _why_not(s.model, s.guide, s.loss)
         if reason is not None:
-            fitting = [name for name in GUIDES if _pairing(s, name) is None and
-                       _why_not(*_pair(s.model, name), s.model, s.loss) is None]  # fmt: skip
-            others = f", with --loss {s.loss} go --guide {_or(fitting)}" if fitting else ""
-            own = _or(_losses(model, guide, s))
-            raise IncompatibleError(f"{_why(reason)}; with --guide {s.guide} go --loss {own}{others}")
+            fitting = [name for name in _guides(s.model) if _why_not(s.model, name, s.loss) is None]
+            more = f", with --loss {s.loss} go --guide {_or(fitting)}" if fitting else ""
+            own = _or(_losses(s))
+            raise IncompatibleError(f"{_why(reason)}; with --guide {s.guide} go --loss {own}{more}")
     loss = build_loss(s.loss, model, guide)
-    if s.warmup and s.loss == "iwae":
+    _warmup(s)
+    if s.patience and s.model in TILTED:
         raise IncompatibleError(
-            f"an importance-weighted bound under a KL weight is none: pass --kl-warmup 0, or --loss "
-            f"{_or([name for name in _losses(model, guide, s) if name != 'iwae'])}"
+            "held-out numbers of a tilted prior lack log Z, which moves with training, so the best of them is not the "
+            "best model: leave --patience out"
         )
     reason = _schedule(s.schedule, guide, loss)
     if reason is not None:
@@ -73,49 +94,57 @@ def _data(s: Settings) -> None:
         )
     if s.is_text and s.binarization:
         raise DataError(f"words are not binarised: leave --binarization out for {s.data!r}")
-    if s.model == "ppca" and s.binarization not in ("", "none"):
+    if s.model in GREY_MODELS and s.binarization not in ("", "none"):
         raise DataError(
-            "ppca has a Gaussian likelihood, which binary pixels do not follow: pass --binarization none, or --model "
-            f"{_or([name for name in MODELS if name not in ('ppca', *TEXT_MODELS)])}"
+            f"{s.model} has a Gaussian likelihood, which binary pixels do not follow: pass --binarization none, or "
+            f"--model {_or([name for name in MODELS if name not in (*GREY_MODELS, *TEXT_MODELS)])}"
         )
     if s.model in PIXEL_MODELS and s.data in COLOUR and s.binarization == "dynamic":
         raise DataError("colours are not binarised anew for pixel decoders: pass --binarization none")
 
 
-def _pair(model: str, guide: str, classes: str = "collapsed") -> tuple[Any, Any]:
+def _pair(model: str, guide: str, variant: Variant = PLAIN) -> tuple[Any, Any]:
     """Small ones of that name; what they offer does not depend on their size."""
-    form = _TINY_TEXTS if model in TEXT_MODELS else _TINY_IMAGES
-    found = build_model(model, form, latent_dim=2, classes=classes)
-    return found, None if model == LANGUAGE_MODEL and guide != NO_GUIDE else build_guide(guide, found, form)
+    found = _tiny(model, variant)
+    return found, build_guide(guide, found, _form(model))
 
 
-def _pairing(s: Settings, guide: str) -> str | None:
+def _tiny(model: str, variant: Variant = PLAIN) -> Any:
+    return build_model(model, _form(model), latent_dim=2, variant=variant)
+
+
+def _form(model: str) -> Form:
+    return _TINY_TEXTS if model in TEXT_MODELS else _TINY_IMAGES
+
+
+@cache
+def _pairing(model: str, guide: str) -> str | None:
     """Why model and guide do not go together."""
-    if (s.model == LANGUAGE_MODEL) == (guide == NO_GUIDE):
-        model, found = _pair(s.model, guide)
-        return compatible(model, found)
     if guide == NO_GUIDE:
-        return f"the latents of {s.model!r} need a guide, and 'none' is for the {LANGUAGE_MODEL}"
-    # Any other model will do to build a guide that can be asked.
-    return compatible(build_model(s.model, _TINY_TEXTS), _pair("text", guide)[1])
+        if model == LANGUAGE_MODEL:
+            return None
+        return f"the latents of {model!r} need a guide, and 'none' is for the {LANGUAGE_MODEL}"
+    return compatible(_tiny(model), KINDS[guide])
 
 
-def _guides(s: Settings) -> list[str]:
-    return [name for name in GUIDES if _pairing(s, name) is None]
+def _guides(model: str) -> list[str]:
+    return [name for name in GUIDES if _pairing(model, name) is None]
 
 
-def _why_not(model: Any, guide: Any, name: str, loss: str) -> str | None:
+@cache
+def _why_not(model: str, guide: str, loss: str) -> str | None:
     """Why a loss does not go with them: the reason of its first form, or None when any form goes."""
-    if name == LANGUAGE_MODEL and loss != "elbo":
+    if model == LANGUAGE_MODEL and loss != "elbo":
         return f"a {LANGUAGE_MODEL} has no latents, so --loss {loss} has nothing to act on"
-    reasons = [compatible(model, guide, form) for form in candidates(loss)]
+    pair = _pair(model, guide)
+    reasons = [compatible(*pair, form) for form in candidates(loss, *pair)]
     return None if None in reasons else reasons[0]
 
 
-def _losses(model: Any, guide: Any, s: Settings) -> list[str]:
+def _losses(s: Settings) -> list[str]:
     if s.classes == "enumerated":
         return ["elbo"]
-    return [name for name in LOSSES if _why_not(model, guide, s.model, name) is None]
+    return [name for name in LOSSES if _why_not(s.model, s.guide, name) is None]
 
 
 def _enumerated(s: Settings) -> None:
@@ -127,6 +156,21 @@ def _enumerated(s: Settings) -> None:
             "enumerated classes are trained by the ELBO with an amortized guide: pass --guide amortized and leave "
             "--loss out, or pass --classes collapsed"
         )
+
+
+def _warmup(s: Settings) -> None:
+    """Raise where there is no KL to be weighed."""
+    if not s.warmup:
+        return
+    if s.model == DIFFUSION:
+        raise IncompatibleError("a KL weight is not defined for a diffusion: pass --kl-warmup 0")
+    reasons = {
+        "iwae": "an importance-weighted bound under a KL weight is none",
+        "chart-loss": "the chart loss has no KL that a weight could act on",
+    }
+    if s.loss in reasons:
+        others = [name for name in _losses(s) if name not in reasons]
+        raise IncompatibleError(f"{reasons[s.loss]}: pass --kl-warmup 0, or --loss {_or(others)}")
 
 
 def _schedule(name: str, guide: Any, loss: Any) -> str | None:

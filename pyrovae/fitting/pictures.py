@@ -6,44 +6,64 @@ draws, made pixel by pixel in raster order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyrovae import generate, plots
+from pyrovae.fitting import atlas, denoising
 from pyrovae.fitting.material import Material
 from pyrovae.fitting.outcome import Outcome
-from pyrovae.fitting.recipes import PIXEL_MODELS
+from pyrovae.fitting.picture import Picture
+from pyrovae.fitting.recipes import CHARTS, DIFFUSION, PIXEL_MODELS, TILTED
 from pyrovae.runtime import evaluating, seeded
 from pyrovae.store import isolated
 
-__all__ = ["Picture", "draw"]
+__all__ = ["draw", "left_out"]
 
 _PAIRS, _STEPS, _VALUES, _ROWS = 5, 8, 7, 10
 _FEW = 4  # latents or pairs that a pixel decoder shows: each of its pictures takes a pass for every pixel
 _HIDDEN = 8  # data with a hidden half
 
 
-class Picture(NamedTuple):
-    """A figure with its heading and what it shows."""
+# What a model has no pictures of, and why.
+_LEFT_OUT = {
+    CHARTS: (
+        "Traversals, interpolations and imputations are left out: what a code draws depends on the chart it is in, so "
+        "no line leads from one datum's code to another's."
+    ),
+    DIFFUSION: (
+        "Reconstructions, traversals and imputations are left out, and so are numbers of a code: a diffusion's latents "
+        "are as many as the data's values in each of its steps, and mostly noise."
+    ),
+}
 
-    title: str
-    figure: Any
-    words: str
+
+def left_out(outcome: Outcome) -> str:
+    """What there are no pictures of, and why; empty where there are all."""
+    s = outcome.settings
+    words = _LEFT_OUT.get(s.model, "")
+    if s.model == CHARTS and s.guide != CHARTS:
+        words += f" The {s.guide} guide finds no chart, so reconstructions are left out, too."
+    return words
 
 
 def draw(outcome: Outcome, material: Material) -> list[Picture]:
     """All pictures of a model of images."""
     with seeded(outcome.settings.seed):
+        if outcome.settings.model == CHARTS:
+            return atlas.pictures(outcome, material)
+        if outcome.settings.model == DIFFUSION:
+            return denoising.pictures(outcome, material)
         return _Sheets(outcome, material).all()
 
 
 class _Sheets:
     def __init__(self, outcome: Outcome, material: Material) -> None:
         self.outcome, self.model, self.guide = outcome, outcome.model, outcome.guide
-        self.x, self.form = material.rows, material.form
+        self.x, self.form, self.planes = material.rows, material.form, material.planes
         self.drawn = outcome.settings.model in PIXEL_MODELS
         centre = outcome.findings.centre
         if centre is None:
@@ -53,7 +73,9 @@ class _Sheets:
         self.few = _FEW if self.drawn else _ROWS
 
     def all(self) -> list[Picture]:
-        found = [self.reconstructions(), self.samples(), *self.traversals(), *self.interpolations()]
+        torus = self.outcome.settings.manifold == "torus"
+        found = [self.reconstructions(), *self.samples(), *([self.circles()] if torus else self.traversals())]
+        found.append(self.interpolations())
         if not self.drawn:
             found.append(self.imputations())
         return found + self.clusters()
@@ -75,23 +97,30 @@ class _Sheets:
                 made = poutine.condition(self.model, space.constrain(flat))(None, size=len(flat))
         return self.planes(made).view(*u.shape[:2], *self.form.image)
 
-    def planes(self, x: Tensor) -> Tensor:
-        """Pixels in the range that screens have: a Gaussian's mean may pass it."""
-        return x.reshape(-1, *self.form.image).clamp(-1.0 if self.signed else 0.0, 1.0)
-
     def reconstructions(self) -> Picture:
         number = min(len(self.x), 8 if self.drawn else 16)
         made = self.pictures(self.centre[:number].unsqueeze(0))[0]
         figure = plots.reconstructions(self.planes(self.x[:number]), made, signed=self.signed, columns=16)
         return Picture("Reconstructions", figure, f"Above, test data; below, {self.what} at their posterior mean.")
 
-    def samples(self) -> Picture:
+    def samples(self) -> list[Picture]:
+        """One sheet; where the prior is tilted, one of the tilted prior and one of its base."""
         number = 12 if self.drawn else 36
-        space = self.guide.space(self.x[:1])
-        u = space.prior(number, self.x[:1]).transpose(0, 1)  # [1, K, D]
-        made = self.pictures(u.transpose(0, 1) if not self.drawn else u).flatten(0, 1)
-        return Picture("Samples", plots.samples(made, signed=self.signed, columns=12),
-                       f"Codes from the prior; each picture is {self.what}.")  # fmt: skip
+        if self.outcome.settings.model not in TILTED:
+            u = self.guide.space(self.x[:1]).prior(number, self.x[:1])  # [K, 1, D]
+            return [self.sheet("Samples", u, "Codes from the prior")]
+        steps, model = self.model.chain.num_steps, self.model
+        after, before = (model.sample_prior(number, tilted=tilted).unsqueeze(1) for tilted in (True, False))
+        return [
+            self.sheet("Samples", after, f"Codes from the tilted prior, by {steps} Langevin steps from its base"),
+            self.sheet("Samples before the tilt", before, "Codes from the base of the prior, without the energy"),
+        ]
+
+    def sheet(self, title: str, u: Tensor, origin: str) -> Picture:
+        """Pictures of codes `[K, 1, D]`."""
+        made = self.pictures(u.transpose(0, 1) if self.drawn else u).flatten(0, 1)
+        figure = plots.samples(made, signed=self.signed, columns=12)
+        return Picture(title, figure, f"{origin}; each picture is {self.what}.")
 
     def traversals(self) -> list[Picture]:
         """One sheet, or one for every group of a ladder, of the latents that move most over data."""
@@ -105,6 +134,7 @@ class _Sheets:
             u = self.centre[:1].repeat(len(chosen) * len(values), 1, 1)
             for row, latent in enumerate(chosen.tolist()):
                 u[row * len(values) : (row + 1) * len(values), 0, latent] = ends[:, latent]
+            u = self.followed(u, level)
             made = self.pictures(u).view(len(chosen), len(values), 1, *self.form.image)
             rows = {f"latent {latent - part.start}": made[row] for row, latent in enumerate(chosen.tolist())}
             depth = "" if not name else f" of group {name}" + _depth(level, len(groups))
@@ -113,17 +143,49 @@ class _Sheets:
             found.append(Picture(
                 f"Traversals{depth}", plots.traversals(rows, signed=self.signed),
                 "The first test datum with one latent moved, from the 2 % to the 98 % quantile of that latent's "
-                f"posterior means over test data; the others stay. Each picture is {self.what}.{words}",
+                f"posterior means over test data; {self.others(level)}. Each picture is {self.what}.{words}",
             ))  # fmt: skip
         return found
 
-    def interpolations(self) -> list[Picture]:
+    def others(self, level: int) -> str:
+        """What the other latents do while one of this group moves."""
+        if level == 0 or not hasattr(self.model, "conditionals"):
+            return "the others stay"
+        return "the others of its group stay, and the groups below follow at their conditional means"
+
+    def followed(self, u: Tensor, level: int) -> Tensor:
+        """Codes of which a group was moved; in a hierarchy the groups below it follow."""
+        if not hasattr(self.model, "conditionals"):
+            return u
+        groups = self.model.groups
+        with torch.no_grad(), evaluating(self.model):
+            for below in reversed(range(level)):
+                above = u[..., groups[f"z{below + 2}"]]
+                u[..., groups[f"z{below + 1}"]] = self.model.prior(below, above).mean
+        return u
+
+    def circles(self) -> Picture:
+        """Each circle of a torus, all the way round."""
+        number = min(_ROWS, self.centre.shape[1] // 2)
+        turn = torch.linspace(0, 2 * torch.pi, _VALUES + 1, dtype=self.centre.dtype)[:-1].to(self.centre.device)
+        u = self.centre[:1].repeat(number, _VALUES, 1)
+        for circle in range(number):
+            u[circle, :, 2 * circle : 2 * circle + 2] = torch.stack([turn.cos(), turn.sin()], -1)
+        made = self.pictures(u.flatten(0, 1).unsqueeze(1)).view(number, _VALUES, 1, *self.form.image)
+        rows = {f"circle {circle}": made[circle] for circle in range(number)}
+        words = (
+            "The first test datum taken once round each circle of the torus, which closes behind the last picture; the "
+            f"others stay at its posterior mean. Each picture is {self.what}."
+        )
+        return Picture("Round the circles", plots.traversals(rows, signed=self.signed), words)
+
+    def interpolations(self) -> Picture:
         pairs = min(3 if self.drawn else _PAIRS, len(self.x) // 2)
         share = torch.linspace(0, 1, 6 if self.drawn else _STEPS, device=self.centre.device).view(-1, 1, 1)
         start, end = self.centre[:pairs], self.centre[pairs : 2 * pairs]
         made = self.pictures(torch.lerp(start, end, share.to(start)))
         words = f"Straight lines between the posterior means of two test data; each picture is {self.what}."
-        return [Picture("Interpolations", plots.interpolations(made, signed=self.signed), words)]
+        return Picture("Interpolations", plots.interpolations(made, signed=self.signed), words)
 
     def imputations(self) -> Picture:
         x = self.x[:_HIDDEN]

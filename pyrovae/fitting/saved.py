@@ -51,7 +51,7 @@ def load(folder: str | Path) -> Saved:
     material = gather(settings)
     if material.origin["fingerprint"] != results["provenance"]["fingerprint"]:
         raise ValueError(f"the data set {settings.data!r} is not the one of {folder}: put the old one back")
-    model = build_model(settings.model, material.form, latent_dim=settings.latent_dim, classes=settings.classes,
+    model = build_model(settings.model, material.form, latent_dim=settings.latent_dim, variant=settings.variant,
                         seed=settings.seed, device=settings.device)  # fmt: skip
     guide = build_guide(settings.guide, model, material.form, seed=settings.seed, device=settings.device)
     with fresh():

@@ -9,12 +9,24 @@ from pyrovae.data import BINARIZATIONS
 from pyrovae.fitting.guides import GUIDES, NO_GUIDE
 from pyrovae.fitting.material import TEXTS
 from pyrovae.fitting.objectives import LOSSES, SCHEDULES
-from pyrovae.fitting.recipes import LADDERS, LANGUAGE_MODEL, MODELS, TEXT_MODELS
+from pyrovae.fitting.recipes import (
+    CHARTS,
+    DIFFUSION,
+    LADDERS,
+    LANGUAGE_MODEL,
+    MANIFOLDS,
+    MODELS,
+    PIECEWISE,
+    TEXT_MODELS,
+    Variant,
+)
 
 __all__ = ["Settings"]
 
 # What a run may change when it goes on; everything else must be as it was.
 _FREE = ("out", "resume", "threads", "device", "num_samples", "num_data", "epochs")
+_OWN_GUIDES = {LANGUAGE_MODEL: NO_GUIDE, CHARTS: "charts", DIFFUSION: "forward-process"}
+_RATE, _FEW_WEIGHTS_RATE = 1e-3, 5e-3
 _WARMUP = 10  # epochs, of models that tend to forget their latents
 _QUICK = {"epochs": 10, "batch_size": 50, "num_samples": 100, "num_data": 100}
 
@@ -25,12 +37,15 @@ class Settings:
 
     Attributes:
         model: one of `recipes.MODELS`.
-        guide: one of `recipes.GUIDES`; empty for "amortized", of the language model "none".
-        loss: one of `recipes.LOSSES`; empty for the guide's own (`losses.default_loss`).
+        guide: one of `guides.GUIDES`; empty for "amortized", of charts "charts", of a diffusion "forward-process", of
+            the language model "none".
+        loss: one of `objectives.LOSSES`; empty for the guide's own (`losses.default_loss`).
         data: images or text by name, or the path of an .npz file.
         out: folder; empty for `runs/fit-<model>-<data>`.
-        latent_dim: latents per datum, of ladders per group; None for a number that suits the data.
+        latent_dim: latents per datum, of ladders per group, coordinates of a chart; None for a number that suits the
+            data.
         epochs: of training in all, at most 10 with `quick`.
+        learning_rate: of Adam; by default 1e-3, of the few weights of a piecewise-affine net 5e-3.
         kl_warmup: epochs of a linear KL weight from 0.1 to 1, fewer than `epochs`; 0 for none. By default 10, at most
             half of all, for ladders and text, which else may never use their latents, and 0 for all others.
         schedule: one of `recipes.SCHEDULES`.
@@ -40,6 +55,8 @@ class Settings:
         num_samples: importance draws per datum, at least 25.
         num_data: test data evaluated, from the first.
         classes: of `vlac`: "collapsed", or "enumerated" (sites of their own, which Pyro sums out).
+        manifold: of `vae`: "plane", or where its latents are directions, "torus" (pairs of them, each an angle) or
+            "sphere".
         quick: 2,000 training data, few epochs, few draws: shows everything, proves nothing.
         resume: go on from the checkpoint in `out`.
 
@@ -55,7 +72,7 @@ class Settings:
     latent_dim: int | None = None
     epochs: int = 50
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     kl_warmup: int | None = None
     schedule: str = "none"
     binarization: str = ""
@@ -63,6 +80,7 @@ class Settings:
     num_samples: int = 1000
     num_data: int = 1000
     classes: Literal["collapsed", "enumerated"] = "collapsed"
+    manifold: Literal["plane", "torus", "sphere"] = "plane"
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
@@ -70,11 +88,11 @@ class Settings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        guide = self.guide or (NO_GUIDE if self.model == LANGUAGE_MODEL else "amortized")
+        guide = self.guide or _OWN_GUIDES.get(self.model, "amortized")
         for name, value, known in (
             ("model", self.model, MODELS), ("guide", guide, GUIDES), ("loss", self.loss or "elbo", LOSSES),
             ("schedule", self.schedule, SCHEDULES), ("binarization", self.binarization or "none", BINARIZATIONS),
-            ("classes", self.classes, ("collapsed", "enumerated")),
+            ("classes", self.classes, ("collapsed", "enumerated")), ("manifold", self.manifold, MANIFOLDS),
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
@@ -82,9 +100,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: pass at least {least}")
-        if self.model == "lossy" and self.latent_dim == 1:
-            raise ValueError("the prior of a lossy autoencoder is a flow of at least two latents: pass --latent-dim 2")
-        if not self.learning_rate > 0:
+        self._require_latents()
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", _FEW_WEIGHTS_RATE if self.model == PIECEWISE else _RATE)
+        if not self.rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: pass a positive one")
         if self.patience < 0 or (self.kl_warmup or 0) < 0 or self.seed < 0:
             raise ValueError("patience, kl_warmup and seed must not be negative")
@@ -104,6 +123,24 @@ class Settings:
 
             object.__setattr__(self, "out", f"runs/fit-{self.model}-{Path(self.data).stem}")
 
+    def _require_latents(self) -> None:
+        """Raise `ValueError` for a number of latents that the model cannot have."""
+        dim = self.latent_dim
+        if dim is None:
+            return
+        if self.model == "lossy" and dim == 1:
+            raise ValueError("the prior of a lossy autoencoder is a flow of at least two latents: pass --latent-dim 2")
+        if self.model == PIECEWISE and dim > 2:
+            raise ValueError(
+                f"the exact posterior is known for 1 or 2 latents, not for {dim}: pass --latent-dim 2, or --model vae"
+            )
+        if self.model == DIFFUSION:
+            raise ValueError("the latents of a diffusion have the shape of the data: leave --latent-dim out")
+        if self.manifold == "torus" and dim % 2:
+            raise ValueError(f"a torus has two latents for each circle, not {dim} in all: pass --latent-dim {dim + 1}")
+        if self.manifold == "sphere" and dim < 2:
+            raise ValueError("a sphere has at least two latents (then it is a circle): pass --latent-dim 2")
+
     def _default_warmup(self) -> int:
         # A chain without density has no KL, and under a weight an importance-weighted bound is none.
         if self.model not in (*LADDERS, "text") or self.guide == "short-run" or self.loss == "iwae":
@@ -114,6 +151,16 @@ class Settings:
     def warmup(self) -> int:
         """Epochs of KL warm-up, once the default is known."""
         return self.kl_warmup or 0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, once the default is known."""
+        return self.learning_rate or 0.0
+
+    @property
+    def variant(self) -> Variant:
+        """What the model comes in."""
+        return Variant(self.classes, self.manifold)
 
     @property
     def is_text(self) -> bool:
@@ -148,8 +195,9 @@ class Settings:
             raise ValueError(
                 f"{self.out} holds a run of {before['epochs']} epochs: pass as many or more, or another --out"
             )
-        for name in (field.name for field in fields(self) if field.name not in _FREE):
-            ours, theirs = getattr(self, name), before[name]
+        for field in (field for field in fields(self) if field.name not in _FREE):
+            name = field.name
+            ours, theirs = getattr(self, name), before.get(name, field.default)  # runs of before there was an option
             if ours != theirs:
                 raise ValueError(
                     f"{self.out} holds a run with {name.replace('_', ' ')} {theirs!r}, not {ours!r}: go on with the "

@@ -62,6 +62,7 @@ class _Steps(PerDatumLoss):
         return -plate.full_size / plate.size * value.sum()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        self._require(model, guide)
         model.update_average()
         return super().loss_and_grads(model, guide, *args, **kwargs)
 

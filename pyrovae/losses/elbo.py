@@ -76,7 +76,7 @@ def ELBO(
 class ReparamELBO(TraceMeanField_ELBO):
     """`TraceMeanField_ELBO` with `per_datum`; works with any fully reparameterised Pyro guide."""
 
-    traits = LossTraits(name="ELBO", needs_reparameterised=True)
+    traits = LossTraits(name="ELBO", needs_reparameterised=True, scores_traces=True)
     name = "ELBO"
 
     def __init__(self, num_particles: int = 1, *, plate: str | None = "data", **options: Any) -> None:

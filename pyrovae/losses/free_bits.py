@@ -50,7 +50,7 @@ class FreeBits(RegularisedELBO):
         gamma: the present weight of soft free bits.
     """
 
-    traits = LossTraits(name="free-bits ELBO", needs_reparameterised=True)
+    traits = LossTraits(name="free-bits ELBO", needs_reparameterised=True, penalises=True, scores_traces=True)
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class InfoVAE(RegularisedELBO):
         ValueError: a negative weight, which would push q(z) away from the prior.
     """
 
-    traits = LossTraits(name="InfoVAE", needs_reparameterised=True)
+    traits = LossTraits(name="InfoVAE", needs_reparameterised=True, penalises=True, scores_traces=True)
 
     def __init__(
         self,

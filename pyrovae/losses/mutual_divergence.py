@@ -54,7 +54,9 @@ class MutualPosteriorDivergence(RegularisedELBO):
         plate: the data plate, for guides that do not say; ours do.
     """
 
-    traits = LossTraits(name="MAE", needs_reparameterised=True, needs_gaussian_base=True)
+    traits = LossTraits(
+        name="MAE", needs_reparameterised=True, needs_gaussian_base=True, penalises=True, scores_traces=True
+    )
 
     def __init__(
         self, eta: float = 1.0, gamma: float = 0.01, *, num_particles: int = 1, plate: str | None = "data"

@@ -63,4 +63,7 @@ def test_a_held_out_digit_is_looked_for(bench, images, tmp_path):
         assert all(0 <= row["AUPRC"]["mean"] <= 100 for row in arm["extra"] if "score" in row)
         assert ("unnormalised" in arm["objective"]) == ("energy" in name)
         assert any("before" in row for row in arm["extra"]) == ("energy" in name)
+        assert list(arm["drawn"]) == ([f"{name}, before", f"{name}, after"] if "energy" in name else [])
     bench.show(experiment, [results])
+    sheet = experiment.picture([results]).axes[0].images[0].get_array()
+    assert sheet.shape[0] > 2 * 8

@@ -78,6 +78,29 @@ def test_float32_is_computed_in_float64_and_comes_back_in_float32(sizes):
     assert torch.allclose(weights, found.expand_as(weights), atol=2e-4)
 
 
+@pytest.mark.parametrize("sizes", [[1, 8, 3], [2, 5, 3]])
+def test_some_outputs_alone_are_a_model_of_the_same_kind(sizes):
+    model, x = random_net(sizes), torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    seen = torch.tensor([True, False, True])
+    part = model.marginal(seen)
+    line = torch.linspace(-9, 9, 40_001 if sizes[0] == 1 else 901, dtype=torch.double)
+    z = torch.cartesian_prod(*[line] * sizes[0]).reshape(-1, 1, sizes[0])
+    prior = torch.distributions.Normal(torch.zeros((), dtype=torch.double), 1.0).log_prob(z).sum(-1)
+    each = torch.distributions.Normal(model.mean(z)[..., seen], model.noise).log_prob(x[:, seen]).sum(-1) + prior
+    by_sum = torch.logsumexp(each, 0) + sizes[0] * (line[1] - line[0]).log()
+    error = 2e-6 if sizes[0] == 1 else 3e-4  # of the sum, at kinks: its step squared
+    assert torch.allclose(part.log_evidence(x[:, seen]), by_sum, rtol=0, atol=error)
+    inside = part.posterior(x[:, seen]).log_prob(z[::1000])
+    assert torch.allclose(inside, each[::1000] - by_sum, rtol=0, atol=error)
+    whole = model.marginal(torch.ones(3).bool())
+    assert torch.allclose(whole.log_evidence(x), model.log_evidence(x), rtol=0, atol=1e-11)
+    nothing = model.marginal(torch.zeros(3).bool())
+    assert torch.allclose(nothing.log_evidence(x[:, :0]), torch.zeros(4).double(), atol=1e-9)
+    with torch.no_grad():  # a copy
+        part.layers[0].weight.zero_()
+    assert model.layers[0].weight.abs().min() > 0
+
+
 def test_the_program_and_the_latent_space():
     model = random_net([1, 8, 2])
     x = circle(3)

@@ -1,0 +1,75 @@
+"""Ways over an atlas: straight lines inside charts, and changes of chart where two of them overlap.
+
+A chart holds a datum that it can redraw. Two data that one chart holds are joined by the straight line between their
+coordinates there; the shortest way over data in overlaps (Dijkstra, lengths in cubes' sides) joins two that no chart
+holds together. Each point of it is decoded by one chart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from scipy.sparse.csgraph import dijkstra
+from torch import Tensor
+
+__all__ = ["ways"]
+
+_NODES = 500  # data in overlaps
+
+
+def ways(guide: Any, x: Tensor, other: Tensor, known: Tensor, *, steps: int, within: float) -> Tensor:
+    """E[x | z, c] along ways between two batches, evenly spaced by length, `[steps, B, X]`.
+
+    A pair that no chain of charts joins is cross-faded, which leaves the manifold.
+
+    Args:
+        guide: a trained `guides.Charts`.
+        x, other: `[B, X]`.
+        known: data among which overlaps are looked for, `[N, X]`.
+        steps: points of a way, both ends included.
+        within: distance from a datum at which a chart redraws it; the likeliest one holds it in any case.
+    """
+    overlap = known[_held(guide, known, within).sum(1) > 1][:_NODES]
+    nodes = torch.cat([x, other, overlap])
+    z, held = guide.coordinates(nodes), _held(guide, nodes, within)
+    places = z.movedim(1, 0)
+    apart = torch.cdist(places, places).masked_fill(~(held.T.unsqueeze(2) & held.T.unsqueeze(1)), torch.inf)
+    length, chart = apart.min(0)
+    _, before = dijkstra(length.double().cpu().numpy(), indices=range(len(x)), return_predecessors=True)
+    ends = guide.reconstruct(x), guide.reconstruct(other)
+    found = []
+    for pair in range(len(x)):
+        way = [len(x) + pair]
+        while way[-1] != pair and before[pair, way[-1]] >= 0:
+            way.append(int(before[pair, way[-1]]))
+        if way[-1] != pair:
+            share = torch.linspace(0, 1, steps, dtype=x.dtype, device=x.device).unsqueeze(1)
+            found.append(torch.lerp(ends[0][pair], ends[1][pair], share))
+            continue
+        hops = torch.tensor(list(itertools.pairwise(way[::-1])), device=x.device)
+        found.append(_decode(guide.model, z, hops, chart[hops[:, 0], hops[:, 1]], steps))
+    return torch.stack(found, 1)
+
+
+def _held(guide: Any, x: Tensor, within: float) -> Tensor:
+    """Bool `[B, N]`."""
+    shares, z = guide.predict(x), guide.coordinates(x).movedim(1, 0)
+    with torch.no_grad():
+        redrawn = guide.model.mean(z, torch.arange(len(z), device=x.device).unsqueeze(1))
+    distance = torch.linalg.vector_norm(x - redrawn, dim=-1).T
+    return (distance < within) | (shares == shares.amax(1, keepdim=True))
+
+
+def _decode(model: Any, z: Tensor, hops: Tensor, charts: Tensor, steps: int) -> Tensor:
+    """One way: hops `[H, 2]` between nodes with coordinates `[V, N, d]`, each in its chart `[H]`."""
+    a, b = (z[hops[:, end], charts] for end in (0, 1))
+    lengths = torch.linalg.vector_norm(b - a, dim=-1)
+    cuts = lengths.cumsum(0)
+    at = torch.linspace(0, 1, steps, dtype=z.dtype, device=z.device) * cuts[-1]
+    hop = torch.bucketize(at, cuts[:-1])
+    share = ((at - (cuts - lengths)[hop]) / lengths[hop]).unsqueeze(-1)
+    with torch.no_grad():
+        found: Tensor = model.mean(torch.lerp(a[hop], b[hop], share), charts[hop])
+    return found
