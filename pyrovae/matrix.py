@@ -21,7 +21,7 @@ def matrix() -> str:
 
     Example:
         >>> print(matrix().splitlines()[2])
-        | `Amortized` | yes | yes | yes | no (1) | no (2) | yes |
+        | `Amortized` | yes | yes | yes | no (1) | no (2) | yes | yes |
     """
     registry: dict[str, Any] = losses.REGISTRY
     columns: dict[Any, tuple[list[str], Any]] = {}  # losses with the same needs share one

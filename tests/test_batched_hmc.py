@@ -82,6 +82,7 @@ def test_a_guide_that_misses_a_mode_is_found_out():
     assert one_mode.draws.min() > 0
 
 
+@pytest.mark.slow
 def test_eight_schools():
     """Joint mode against the exact posterior of tau; the centred form is flagged, not reported as fine."""
     truth = posterior()

@@ -115,6 +115,7 @@ def test_resume_gives_the_same_numbers_and_trains_nothing(outcome):
     assert len(weights) > 0
 
 
+@pytest.mark.slow
 def test_resume_with_more_epochs_keeps_the_longer_decoder(outcome, tmp_path):
     """Checkpoints of the frozen stage belong to their decoder: after more training they must not bring the old back."""
     path, _, _ = outcome

@@ -446,3 +446,22 @@ def test_a_chain_that_keeps_its_start_runs_away_and_says_so():
         warnings.simplefilter("error")
         fine = _translated(100)
     assert lagging > 2 * fine
+
+
+class _Exploding(nn.Module):
+    """A scale that grows with the layer above without bound."""
+
+    def forward(self, z):
+        return torch.cat([z, 30 * z], -1)
+
+
+def test_a_prior_s_chain_that_runs_away_stops_training():
+    """Through conditional scales it may reach infinity: told as what it is, before anything moves."""
+    torch.manual_seed(0)
+    energies = [MLP([1, 8, 1]), MLP([1, 8, 1])]
+    model = HierarchicalEnergyPrior(nn.Linear(1, 5), [1, 1], [_Exploding()], energies)
+    guide = guides.Amortized(model, MLP([5, 8, 4]))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TrainingDiverged, match="negative phase"):
+        fit(model, guide, _data(8), epochs=3, progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -270,6 +270,7 @@ def test_free_bits_below_the_floor_leave_the_reconstruction_alone():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_free_bits_hold_the_kl_up():
     """The latent of a decoder that ignores it has KL 0 under the ELBO, the floor under free bits, hard and soft."""
     def model(x):

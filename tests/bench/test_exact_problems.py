@@ -37,6 +37,7 @@ def encoder(outputs, loc=0.0):
     return Unsqueeze(net)
 
 
+@pytest.mark.slow
 def test_linear_encoder_reaches_the_factorised_optimum_of_ppca():
     """A diagonal guide with a linear encoder: ELBO = log p(x) - 0.5 (sum log L_jj - log|L|), within 3 se."""
     torch.manual_seed(0)

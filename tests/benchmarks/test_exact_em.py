@@ -34,7 +34,7 @@ def keep_threads():
 def go(bench, name, out, seed=0, arms=(), say=lambda text: None, **changes):
     runner, experiment = sys.modules["reproduction.runner"], bench.EXPERIMENTS[name]
     small = replace(
-        experiment.presets["quick"], epochs=2, train_rows=40, test_rows=12, num_samples=30, batch_size=20,
+        experiment.presets["quick"], epochs=1, train_rows=40, test_rows=12, num_samples=30, batch_size=20,
         **({"extra_rows": 2, "extra_steps": 20} if name == "exact-uses" else {}),
     )  # fmt: skip
     options = runner.Options("quick", small, out, seed=seed, threads=1, arms=arms, progress=False, **changes)
@@ -50,7 +50,7 @@ def test_em_and_vae_are_held_against_each_other_exactly(bench, tmp_path):
         assert len({round(arm["curve"][0], 9) for arm in records.values()}) == 1  # one start
         for method, arm in records.items():
             assert arm["failed"] is None
-            assert arm["epochs"] == (20 if method == module.LONG else 2)
+            assert arm["epochs"] == (10 if method == module.LONG else 1)
             assert len(arm["curve"]) == arm["epochs"] + 1
             (row,) = arm["extra"]
             assert row["training data"]["mean"] == pytest.approx(arm["curve"][-1], abs=1e-9)

@@ -150,6 +150,7 @@ def test_the_elbo_does_not_depend_on_the_size_of_the_subsample():
         assert abs(found[size][0] - found[18][0]) < 3 * (found[size][1] ** 2 + found[18][1] ** 2).sqrt()
 
 
+@pytest.mark.slow
 def test_chains_gain_over_mean_field():
     """Trained alike, on all data: from 0.8 nats below log p(y) to less than 0.3."""
     model, rows = regression()

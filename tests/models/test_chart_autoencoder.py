@@ -150,6 +150,13 @@ def test_other_guides_take_the_model():
         z = guide.sample(2, x)["z"]
         assert z.shape == (2, 4, 2)
         assert ((z > 0) & (z < 1)).all()
+        loss = losses.default_loss(guide)  # one that sums the chart out
+        assert compatible(model, guide, loss) is None
+        for parameter in model.parameters():
+            parameter.grad = None
+        with pyro.get_param_store().scope():
+            assert math.isfinite(loss.loss_and_grads(model, guide, x))
+        assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 def test_hard_minimum_is_the_limit_of_the_sum():
