@@ -89,7 +89,7 @@ def piecewise_affine():
     return PiecewiseAffineVAE([2, 3, PIXELS]).double()  # two latents are the most there are
 
 
-_CHAIN = PriorChain(3, 0.2)
+_CHAIN = PriorChain(3, 1.2)
 
 
 def energy_prior():
