@@ -84,14 +84,18 @@ def test_outcomes_are_counted_over_seeds_and_pictures_are_drawn(bench, small, tm
     outcomes = ["(1, 1, 0)", "(1, 1, 0)", "(1, 0, 0)", "(1, 1, 0)"]
     for row, outcome, share in zip(own, outcomes, (0, 0, 0, 5), strict=True):
         row["Betti numbers"], row["paths off it, %"]["mean"] = {"outcome": outcome}, share
-    (fact,) = experiment.facts(runs)
-    assert fact.endswith("VAE, 1 latent in 1 of 2; VAE, matched latents in 1 of 2.")
+    own[0]["unfiltered"], own[2]["unfiltered"] = {"outcome": "(1, 1, 0)"}, {"outcome": "(1, 1, 0)"}
+    own[1]["unfiltered"] = {"outcome": "(1, 2, 0)"}
+    filtered, unfiltered = experiment.facts(runs)
+    assert filtered.endswith("VAE, 1 latent in 1 of 2; VAE, matched latents in 1 of 2.")
+    assert unfiltered.endswith("VAE, 1 latent in 2 of 2; VAE, matched latents in 0 of 2.")
     bench.show(experiment, runs)
     text = sys.modules["reproduction.page"].page(runs)
     assert "| VAE, 1 latent | (1, 1, 0) 1 of 2; (1, 0, 0) 1 of 2 |" in text
     assert "| VAE, matched latents | (1, 1, 0) 2 of 2 |" in text
     assert "| images without noise | (1, 1, 0) 2 of 2 | (1, 1, 0) 2 of 2 |" in text
-    assert fact in text
+    assert filtered in text
+    assert unfiltered in text
     _, rows = sys.modules["reproduction.seeds"].over_seeds([{**r, "arms": r["arms"][1:]} for r in runs])
     assert "(1, 1, 0)" not in str(rows)  # outcomes have no mean, even where each arm has one row
     picture = experiment.picture(runs)
