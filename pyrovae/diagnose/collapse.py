@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,14 +180,15 @@ def information(
             "reference.compare"
         )
 
-    posteriors: list[Any] = []  # of the chunks, in order: finding one may be dear
+    posteriors: list[_Found] = []
 
     def measure(*some: Any, **named: Any) -> Tensor:
         """Draws and, as one more latent, log q - log p at the scored ones, `[S, b, D + 1]`."""
         with guide._aside():
             log_joint = guide.space(*some, **named).bind(*some, **named)
-            posteriors.append(guide._sampler(*some, **named))
-            u, log_q = posteriors[-1].draw(num_samples)
+            q = guide._sampler(*some, **named)
+            u, log_q = q.draw(num_samples)
+            posteriors.append(_Found(q, u.shape[1]))
             excess = torch.full_like(log_q, torch.nan)
             excess[:scored] = log_q[:scored] - log_joint.terms(u[:scored])[0]
             return torch.cat([u, excess.unsqueeze(-1)], dim=-1).double()
@@ -197,7 +198,7 @@ def information(
     )
     u, excess = found[..., :-1], found[:scored, :, -1]
     points = u[:10].to(guide.space(*args, **kwargs).dtype)
-    mutual = _mutual_information(guide, posteriors, points, chunk) if mixture else None
+    mutual = _mutual_information(guide, posteriors, points) if mixture else None
     return Information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(scored),
         mutual_information=mutual, cap=math.log(u.shape[1]),
@@ -223,39 +224,45 @@ def mutual_information(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if not hasattr(guide, "_sampler"):
         raise NoDensityError(f"{guide!r} has no density, so its mutual information is unknown")
-    posteriors: list[Any] = []
+    posteriors: list[_Found] = []
 
     def draw(*some: Any, **named: Any) -> Tensor:
         with guide._aside():
-            posteriors.append(guide._sampler(*some, **named))
-            drawn: Tensor = posteriors[-1].draw(num_samples)[0]
+            q = guide._sampler(*some, **named)
+            drawn: Tensor = q.draw(num_samples)[0]
+            posteriors.append(_Found(q, drawn.shape[1]))
             return drawn
 
     u = per_chunk(
         draw, (model, guide), args, kwargs, plate=guide.plate, batched=guide.batched, seed=seed, chunk=chunk
     )
-    found = _mutual_information(guide, posteriors, u, chunk)
+    found = _mutual_information(guide, posteriors, u)
     if found is None:
         raise NoDensityError(f"{guide!r} has no posterior density in closed form, so its mutual information is unknown")
     return found
 
 
-def _mutual_information(guide: Any, posteriors: list[Any], u: Tensor, chunk: int) -> float | None:
+class _Found(NamedTuple):
+    """Posteriors of some of the data, kept because finding them may be dear."""
+
+    q: Any  # guides.base.Sampler
+    number: int
+
+
+def _mutual_information(guide: Any, posteriors: list[_Found], u: Tensor) -> float | None:
     """From draws `[S, N, D]`, all N posteriors at each; None of chains, whose density lives on a larger space."""
     if guide.plate is None:
         return 0.0
     number = u.shape[1]
-    sizes = [number] if len(posteriors) == 1 else [min(chunk, number - at) for at in range(0, number, chunk)]
     own = torch.arange(number, device=u.device).repeat(len(u))  # which posterior each point is a draw of
     total, block = 0.0, max(1, _BLOCK // number)
     with torch.no_grad(), preserve_rng(), evaluating(guide.model, guide), isolated():
         for points, its in zip(u.flatten(0, 1).unsqueeze(1).split(block), own.split(block), strict=True):
             try:
-                densities = torch.cat([
-                    q.frozen_log_prob(points.expand(-1, size, -1)) for q, size in zip(posteriors, sizes, strict=True)
-                ], dim=-1).double()  # fmt: skip
+                parts = [q.frozen_log_prob(points.expand(-1, some, -1)) for q, some in posteriors]
             except NoDensityError:
                 return None
+            densities = torch.cat(parts, dim=-1).double()
             mine = densities.gather(1, its.unsqueeze(1))[:, 0]
             total += float((mine - torch.logsumexp(densities, -1)).sum())
     return total / len(own) + math.log(number)
