@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pyrovae.provenance import Provenance, require_comparable
 
 __all__ = ["COLUMNS", "LEGEND", "Number", "Row", "cells", "columns_of", "to_rich"]
@@ -30,6 +32,12 @@ class Number:
     value: float
     se: float | None = None
     floor: float | None = None
+
+    @classmethod
+    def over_data(cls, values: Tensor) -> Number:
+        """Mean of one value per datum, with its standard error."""
+        values = values.double()
+        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
     def to_dict(self) -> dict[str, float | None]:
         finite = {"value": self.value, "se": self.se, "noise_floor": self.floor}

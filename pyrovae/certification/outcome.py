@@ -87,6 +87,7 @@ class Outcome:
 
     @property
     def every(self) -> list[Check | JointCheck]:
+        """Checks of both kinds."""
         return [*self.checks, *self.joint]
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -46,11 +45,11 @@ def facts(model: Any, guide: Any, material: Material, seed: int) -> dict[str, Nu
     residuals = diagnose.cycle_residuals(guide, x, tau=_TAU).values
     values: tuple[Number | str, ...] = (
         Number(len(used)), Number(model.num_charts),
-        made if isinstance(made, str) else _mean(diagnose.unfaithfulness(made, data)),
-        _mean(diagnose.unfaithfulness(x, data)),
+        made if isinstance(made, str) else Number.over_data(diagnose.unfaithfulness(made, data)),
+        Number.over_data(diagnose.unfaithfulness(x, data)),
         made if isinstance(made, str) else Number(diagnose.coverage(made, data)),
         Number(diagnose.coverage(x, data)),
-        _mean(residuals) if len(residuals) > 1 else f"none: no two charts hold a datum above {_TAU:g} each",
+        Number.over_data(residuals) if len(residuals) > 1 else f"none: no two charts hold a datum above {_TAU:g} each",
     )  # fmt: skip
     return dict(zip(names, values, strict=True))
 
@@ -111,6 +110,3 @@ def _charts(outcome: Outcome, material: Material) -> Picture:
     )
     return Picture("Charts", plots.images(rows), words)
 
-
-def _mean(values: Tensor) -> Number:
-    return Number(float(values.double().mean()), float(values.double().std()) / math.sqrt(len(values)))

@@ -34,10 +34,10 @@ def evaluate(model: Any, guide: Any, material: Material, seed: int) -> Findings:
         chunk=max(1, _VALUES // (model.num_steps * pixels)),
     )[0].double()  # fmt: skip
     end = model.prior_kl(x).double()
-    found: dict[str, Number | str] = {"ELBO": _mean(values)}
+    found: dict[str, Number | str] = {"ELBO": Number.over_data(values)}
     # x = 2 y - 1 halves the density of each of y's values.
-    found["ELBO of values in [0, 1]"] = _mean(values + pixels * math.log(2))
-    found["KL of the chain's end to the prior"] = _mean(end)
+    found["ELBO of values in [0, 1]"] = Number.over_data(values + pixels * math.log(2))
+    found["KL of the chain's end to the prior"] = Number.over_data(end)
     found["steps"] = Number(model.num_steps)
     found["mutual information"] = "none: the latents are the datum and noise, by a process without parameters"
     return Findings(found)
@@ -62,6 +62,3 @@ def pictures(outcome: Outcome, material: Material) -> list[Picture]:
     ))  # fmt: skip
     return found
 
-
-def _mean(values: Tensor) -> Number:
-    return Number(float(values.mean()), float(values.std()) / math.sqrt(len(values)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrovae import diagnose, evidence
 from pyrovae.chunks import per_chunk
-from pyrovae.diagnose.collapse import ACTIVE
+from pyrovae.diagnose.collapse import ACTIVE, mean_variance
 from pyrovae.errors import LatentError, NoDensityError
 from pyrovae.evidence.estimate import LOWER, NO_BOUND, UNNORMALISED, kind_of
 from pyrovae.fitting import atlas, denoising
@@ -65,7 +65,7 @@ def evaluate(model: Any, guide: Any, material: Material, num_samples: int, seed:
             found.numbers[_AT_MOST] = _NO_DENSITY
     if hasattr(model, "log_evidence"):
         with torch.no_grad():
-            found.numbers["log p(x), exact"] = _mean(model.log_evidence(x).double())
+            found.numbers["log p(x), exact"] = Number.over_data(model.log_evidence(x).double())
         found.numbers |= _audit(model, guide, x, num_samples, seed)
     rows = min(64, _at_once(_DRAWS * material.width))
     found.numbers |= _information(model, guide, x, seed, rows)
@@ -78,7 +78,7 @@ def evaluate(model: Any, guide: Any, material: Material, num_samples: int, seed:
         seed=seed, chunk=rows,
     )  # fmt: skip
     found.centre = u.mean(0)
-    variance = _mean_variance(u)
+    variance = mean_variance(u)
     found.numbers["active latents"] = Number(float((variance > ACTIVE).sum()))
     found.numbers["latents"] = Number(float(len(variance)))
     if hasattr(model, "groups"):
@@ -121,7 +121,7 @@ def _exact(model: Any, material: Material) -> Findings:
         for index in data.in_order(_ROWS):
             values[index] = model.log_prob(*data.take(index)).double().cpu()
     return Findings({
-        "log p(x), exact": _mean(values), "perplexity": perplexity(values, material.test.lengths),
+        "log p(x), exact": Number.over_data(values), "perplexity": perplexity(values, material.test.lengths),
         "mutual information": "none: the model has no latents",
     })  # fmt: skip
 
@@ -154,11 +154,6 @@ def _at_once(values: int) -> int:
     return max(1, _VALUES // values)
 
 
-def _mean_variance(u: Tensor) -> Tensor:
-    """Variance over data of the posterior mean, its Monte Carlo part taken out, `[D]`."""
-    return (u.mean(0).var(0) - u.var(0).mean(0) / len(u)).clamp_min(0)
-
-
 def _audit(model: Any, guide: Any, x: Tensor, num_samples: int, seed: int) -> dict[str, Number | str]:
     """What the guide loses, exactly and as Monte Carlo sees it, of few data with one or two latents."""
     if model.latent_dim > 2 or not (guide.traits.has_density and guide.traits.marginal):
@@ -182,7 +177,7 @@ def _information(model: Any, guide: Any, x: Tensor, seed: int, rows: int) -> dic
             model, guide, x, num_samples=_DRAWS, num_scored=_SCORED, seed=seed, chunk=rows
         )  # fmt: skip
         mutual = known.mutual_information
-        found[name] = _mean(known.kl)
+        found[name] = Number.over_data(known.kl)
         found["mutual information"] = _CHAIN if mutual is None else Number(mutual)
     else:
         found[name] = found["mutual information"] = (
@@ -231,7 +226,3 @@ def _probe(codes: Tensor, y: Tensor | None, seed: int) -> Number | str:
     found = diagnose.probe(codes, y, seed=seed)
     return Number(found.accuracy, found.se)
 
-
-def _mean(values: Tensor) -> Number:
-    """Mean and standard error over data."""
-    return Number(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
