@@ -48,5 +48,9 @@ class TrainingDiverged(FloatingPointError):
     """A non-finite loss or gradient; parameters are those before the step."""
 
 
+class NormaliserError(ValueError):
+    """log Z of a tilted prior that annealing does not find."""
+
+
 class ReferenceRefused(ValueError):
     """A reference posterior that is not ok (unmixed, too few draws, divergent) cannot judge a guide."""

@@ -18,6 +18,7 @@ from pyrovae.compat import compatible
 from pyrovae.data import load_text
 from pyrovae.diagnose import clustering
 from pyrovae.errors import IncompatibleError
+from pyrovae.evidence import normaliser
 from pyrovae.fitting import Settings, run, tilted
 from pyrovae.fitting.guides import GUIDES, KINDS, NO_GUIDE, build_guide
 from pyrovae.fitting.material import TEXTS, gather
@@ -244,7 +245,7 @@ def test_numbers_of_tilted_priors_are_estimates_with_the_log_z_of_the_weights(ou
 
 def test_a_log_z_that_annealing_does_not_find_is_left_out(folder, tmp_path, monkeypatch):
     """Numbers then lack it, and every place says so."""
-    monkeypatch.setattr(tilted, "_LARGEST_SE", 0.0)
+    monkeypatch.setattr(normaliser, "_LARGEST", 0.0)
     outcome = run(asked(folder, "energy-prior", tmp_path / "run"), say=quiet)
     content, page = (tmp_path / "run" / "results.json").read_text(), (tmp_path / "run" / "report.html").read_text()
     assert not outcome.model.normalised

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pyrovae import diagnose, evidence, guides
-from pyrovae.errors import DataError, IncompatibleError
-from pyrovae.evidence.normaliser import log_normaliser
+from pyrovae.errors import DataError, IncompatibleError, NormaliserError
+from pyrovae.evidence.normaliser import log_normaliser, normalise
 from pyrovae.models.energy_prior_vae import EnergyPriorVAE
 from pyrovae.models.hierarchical_energy_prior import HierarchicalEnergyPrior
 from pyrovae.models.joint_energy_prior import JointEnergyPrior
@@ -179,3 +179,20 @@ def test_refusals(tilted):
         log_normaliser(VAE(nn.Linear(2, 5), 2))
     with pytest.raises(DataError, match="factor"):
         evidence.bdmc(model, x, num_chains=2, num_temperatures=5)
+
+
+def test_log_z_is_put_in_where_it_is_found():
+    model = EnergyPriorVAE(nn.Linear(4, 3), 4, _Quadratic(3.0, 2.0))
+    found = normalise(model, num_temperatures=200)
+    assert model.normalised
+    assert float(model.log_z) == pytest.approx(found.log_z.mean)
+    assert abs(found.log_z.mean - _exact(4, 3.0, 2.0)) < 4 * float(found.log_z.se[0])
+    assert abs(found.rise) < 4 * found.rise_se
+
+
+def test_a_tilt_far_out_is_not_normalised():
+    """p = N(60, I): log Z = 1800 in each dimension, which annealing from N(0, I) does not reach."""
+    model = EnergyPriorVAE(nn.Linear(4, 3), 4, _Quadratic(0.0, 60.0))
+    with pytest.raises(NormaliserError, match="annealing did not find log Z"):
+        normalise(model, num_temperatures=50)
+    assert not model.normalised

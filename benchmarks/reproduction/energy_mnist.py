@@ -180,14 +180,14 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "quick": Preset(epochs=15, train_rows=10_000, test_rows=300, num_samples=50, batch_size=100,
-                        learning_rate=1e-3, energy_rate=0.2, hidden=(256, 100), latent_dim=sum(SIZES), kl_epochs=3,
+                        learning_rate=1e-3, energy_rate=0.02, hidden=(256, 100), latent_dim=sum(SIZES), kl_epochs=3,
                         extra_rows=2000),
-        "paper": Preset(epochs=200, num_samples=100, batch_size=100, learning_rate=3e-4, energy_rate=0.2,
+        "paper": Preset(epochs=200, num_samples=100, batch_size=100, learning_rate=3e-4, energy_rate=1 / 15,
                         hidden=(512, 200), latent_dim=sum(SIZES), kl_epochs=20, extra_rows=10_000),
     },
     settings=(
-        "16 latents in one layer or 8 + 8 in a ladder, one energy on all of them (two hidden layers, a fifth of the "
-        f"others' step size), prior chain of {CHAIN.num_steps} Langevin steps of {CHAIN.step_size:g}, an encoder for "
+        "16 latents in one layer or 8 + 8 in a ladder, one energy on all of them (two hidden layers, a step size of "
+        f"2e-5, as published), prior chain of {CHAIN.num_steps} Langevin steps of {CHAIN.step_size:g}, an encoder for "
         "the posterior, Bernoulli pixels, batch 100, Adam, KL weight from 0.1 to 1 in the first epochs"
     ),
     remarks=(

@@ -41,16 +41,14 @@ def evaluate(
     model: Any, guide: Any, x: Tensor | Sentences, num_samples: int, *, seed: int, name: str, progress: bool
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Bounds at S and S / 10 draws, KL to the prior, mutual information, active latents and k-hat, over all of x; of
-    sentences their perplexity, too. A model without latents is scored exactly; one with a tilted prior is normalised
-    first, and its numbers are estimates.
+    sentences their perplexity, too. A model without latents is scored exactly; one with a tilted prior is to be
+    normalised before, and its numbers are estimates.
 
     Returns:
         numbers with standard errors, and each datum's ELBO and IWAE for paired differences.
     """
     from tqdm.auto import tqdm
 
-    if hasattr(model, "normalise"):  # a tilted prior: its program lacks log Z
-        model.normalise(evidence.log_normaliser(model, seed=seed).mean)
     data = Rows(x)
     few = max(1, num_samples // 10)
     found = {key: torch.zeros(len(data), dtype=torch.float64) for key in ("ELBO", "IWAE few", "IWAE", "k-hat")}
@@ -67,7 +65,7 @@ def evaluate(
         weights = evidence.log_weights(
             model, guide, some, num_samples=num_samples, seed=seed, indices=index.tolist()
         ).cpu()  # fmt: skip
-        elbo, iwae = evidence.summarize(weights)
+        elbo, iwae = evidence.summarize(weights, model=model)
         found["ELBO"][index], found["IWAE"][index] = elbo.values, iwae.values
         found["IWAE few"][index] = evidence.summarize(weights[:few])[1].values
         found["k-hat"][index] = diagnose.pareto_khat(weights).double()

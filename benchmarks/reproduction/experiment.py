@@ -254,11 +254,13 @@ def load(experiment: Experiment, preset: Preset, device: str, path: str | None =
     are centred by the mean training image (which moves no density).
 
     Raises:
-        ValueError: a path for an experiment that makes its own data.
+        ValueError: a path, or another device than the CPU, for an experiment that makes its own data.
     """
     if experiment.split is not None:
         if path is not None:
             raise ValueError(f"{experiment.name} makes its own data: leave --data out")
+        if device != "cpu":
+            raise ValueError(f"{experiment.name} makes its own data, on the CPU: leave --device out")
         return experiment.split(preset)
     if experiment.data in _TEXTS:
         text = data.load_text(experiment.data, max_words=preset.max_words, root=path)

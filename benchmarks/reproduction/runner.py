@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from pyrovae import evidence
 from pyrovae.data import ImageData
-from pyrovae.errors import TrainingDiverged
+from pyrovae.errors import NormaliserError, TrainingDiverged
 from pyrovae.provenance import Provenance
 from pyrovae.runtime import seeded, threads
 from pyrovae.training import FitResult
@@ -149,7 +150,9 @@ def _arm(
                 parts.model, guide, loss, split, preset, folder, seed=options.seed, seconds=seconds,
                 by_time=arm.as_long_as is not None, name=arm.name, progress=options.progress, schedule=schedule,
             )  # fmt: skip
-    except TrainingDiverged as error:  # a result as well: the other arms go on
+        if hasattr(parts.model, "normalise"):  # a tilted prior: its program lacks log Z
+            evidence.normalise(parts.model, seed=options.seed)
+    except (TrainingDiverged, NormaliserError) as error:  # a result as well: the other arms go on
         record["failed"] = str(error)
         say(f"{arm.name}: {error}")
     else:

@@ -4,9 +4,9 @@ from pyrovae.evidence.annealing import ais, reverse_ais, temperatures
 from pyrovae.evidence.bracket import Bracket, bdmc, bracket
 from pyrovae.evidence.estimate import Estimate, difference
 from pyrovae.evidence.importance import elbo, iwae, log_weights, summarize
-from pyrovae.evidence.normaliser import log_normaliser
+from pyrovae.evidence.normaliser import Normalised, log_normaliser, normalise
 
 __all__ = [
-    "Bracket", "Estimate", "ais", "bdmc", "bracket", "difference", "elbo", "iwae", "log_normaliser", "log_weights",
-    "reverse_ais", "summarize", "temperatures",
+    "Bracket", "Estimate", "Normalised", "ais", "bdmc", "bracket", "difference", "elbo", "iwae", "log_normaliser",
+    "log_weights", "normalise", "reverse_ais", "summarize", "temperatures",
 ]  # fmt: skip

@@ -9,19 +9,31 @@ it from the base to the tilted prior: log of the mean weight, a lower bound of l
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.errors import IncompatibleError
+from pyrovae.errors import IncompatibleError, NormaliserError
 from pyrovae.evidence.annealing import Schedule, ais
 from pyrovae.evidence.estimate import LOWER, Estimate
 
-__all__ = ["log_normaliser"]
+__all__ = ["Normalised", "log_normaliser", "normalise"]
+
+_LARGEST = 0.5  # nats of standard error (near 1, one chain has all of the weight), and of a rise beyond its own error
+_ERRORS = 4.0  # standard errors
+
+
+class Normalised(NamedTuple):
+    """log Z, and by how much it rose when annealing took twice as many temperatures, with the rise's standard error."""
+
+    log_z: Estimate
+    rise: float
+    rise_se: float
 
 
 def log_normaliser(
@@ -70,3 +82,22 @@ def log_normaliser(
     )  # fmt: skip
     # Of log Z itself the number is a bound, whether or not the model has been normalised.
     return replace(found, kind=LOWER)
+
+
+def normalise(model: Any, *, num_temperatures: int = 500, seed: int = 0) -> Normalised:
+    """Measure log Z twice, with half of the temperatures and with all, and put it into the model if it was found.
+
+    Raises:
+        NormaliserError: a standard error of half a nat or more, or a rise of more than that; the model stays
+            unnormalised.
+    """
+    numbers = num_temperatures // 2, num_temperatures
+    half, whole = (log_normaliser(model, num_temperatures=number, seed=seed) for number in numbers)
+    se, rise, rise_se = float(whole.se[0]), whole.mean - half.mean, math.hypot(float(whole.se[0]), float(half.se[0]))
+    if not (math.isfinite(whole.mean) and se < _LARGEST and rise < _LARGEST + _ERRORS * rise_se):
+        raise NormaliserError(
+            f"annealing did not find log Z: {whole.mean:.5g} with a standard error of {se:.2g} nats, {rise:+.3g} from "
+            "half as many temperatures; the energy may have run away: train it for fewer epochs, or by smaller steps"
+        )
+    model.normalise(whole.mean)
+    return Normalised(whole, rise, rise_se)

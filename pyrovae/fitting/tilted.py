@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import math
-
 from pyrovae import evidence
+from pyrovae.errors import NormaliserError
 from pyrovae.fitting.outcome import Outcome
 from pyrovae.table import Number
 
 __all__ = ["measure"]
 
-_TEMPERATURES = 500  # and half as many: the difference tells whether they were enough
-_LARGEST_SE = 0.5  # nats; towards 1, a single chain of annealing has all of the weight
+_TEMPERATURES = 500
 _ERRORS = 4.0  # standard errors
 
 
 def measure(outcome: Outcome) -> None:
     """Normalise the model, where annealing finds log Z; else it stays unnormalised, and its log Z says why."""
-    model, seed = outcome.model, outcome.settings.seed
-    half, whole = (
-        evidence.log_normaliser(model, num_temperatures=number, seed=seed)
-        for number in (_TEMPERATURES // 2, _TEMPERATURES)
-    )
-    se = float(whole.se[0])
-    if not (math.isfinite(whole.mean) and se < _LARGEST_SE):
-        outcome.log_z = f"unknown: annealing did not find it (standard error {se:.2g} nats in {whole.mean:.5g})"
+    try:
+        found = evidence.normalise(outcome.model, num_temperatures=_TEMPERATURES, seed=outcome.settings.seed)
+    except NormaliserError as error:
+        outcome.log_z = f"unknown: {error}"
         outcome.told.append(
             "log Z of the prior could not be measured, so numbers of log p(x) are off by one unknown number, the same "
             "for all data: the energy may have run away; try fewer --epochs, or a smaller --learning-rate."
         )
         return
-    model.normalise(whole.mean)
-    outcome.log_z = Number(whole.mean, se)
-    rise = whole.mean - half.mean
-    if rise > _ERRORS * math.hypot(se, float(half.se[0])):
+    outcome.log_z = Number(found.log_z.mean, float(found.log_z.se[0]))
+    if found.rise > _ERRORS * found.rise_se:
         outcome.told.append(
-            f"The measured log Z is a lower bound and still rose by {rise:.2g} nats when annealing took twice as many "
-            "temperatures: numbers of log p(x) are high by what it lacks."
+            f"The measured log Z is a lower bound and still rose by {found.rise:.2g} nats when annealing took twice as "
+            "many temperatures: numbers of log p(x) are high by what it lacks."
         )

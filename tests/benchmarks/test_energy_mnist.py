@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-
-@pytest.fixture(scope="module")
-def bench():
-    """`benchmarks/` is a folder of scripts, not a package."""
-    path = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, path)
-    try:
-        import reproduce
-    finally:
-        sys.path.remove(path)
-    return reproduce
+from pyrovae.evidence import normaliser
 
 
 @pytest.fixture
@@ -38,21 +26,15 @@ def images(tmp_path):
 
 def test_a_held_out_digit_is_looked_for(bench, images, tmp_path):
     """A plain and a tilted model: the digit is not trained on, scores and probes are there, log Z was taken off."""
-    runner, threads = sys.modules["reproduction.runner"], torch.get_num_threads()
+    runner = sys.modules["reproduction.runner"]
     experiment = bench.EXPERIMENTS["energy-mnist"]
     preset = replace(
         experiment.presets["quick"], epochs=1, train_rows=50, test_rows=6, num_samples=30, batch_size=20,
         hidden=(12, 8), kl_epochs=1, extra_rows=40,
     )  # fmt: skip
     names = tuple(f"{model} without 1" for model in ("VAE", "joint energy prior"))
-    try:
-        results = runner.run(
-            experiment,
-            runner.Options("quick", preset, tmp_path / "out", threads=1, arms=names, data=images, progress=False),
-            lambda text: None,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    options = runner.Options("quick", preset, tmp_path / "out", threads=1, arms=names, data=images, progress=False)
+    results = runner.run(experiment, options, lambda text: None)
     kept = int((np.load(images)["train_labels"] != 1).sum())
     for name, arm in zip(names, results["arms"], strict=True):
         assert arm["failed"] is None
@@ -67,3 +49,19 @@ def test_a_held_out_digit_is_looked_for(bench, images, tmp_path):
     bench.show(experiment, [results])
     sheet = experiment.picture([results]).axes[0].images[0].get_array()
     assert sheet.shape[0] > 2 * 8
+
+
+def test_a_prior_that_ran_away_is_a_failed_arm(bench, images, tmp_path, monkeypatch):
+    """No number of log p(x) without log Z, and the other arms go on."""
+    monkeypatch.setattr(normaliser, "_LARGEST", 0.0)
+    runner, experiment = sys.modules["reproduction.runner"], bench.EXPERIMENTS["energy-mnist"]
+    preset = replace(experiment.presets["quick"], epochs=1, train_rows=50, test_rows=6, num_samples=30, batch_size=20,
+                     hidden=(12, 8), kl_epochs=1, extra_rows=40)  # fmt: skip
+    names = ("energy prior without 1", "VAE without 1")
+    options = runner.Options("quick", preset, tmp_path / "out", threads=1, arms=names, data=images, progress=False)
+    results = runner.run(experiment, options, lambda text: None)
+    found = {arm["name"]: arm for arm in results["arms"]}
+    assert "annealing did not find log Z" in found["energy prior without 1"]["failed"]
+    assert "numbers" not in found["energy prior without 1"]
+    assert found["VAE without 1"]["failed"] is None
+    bench.show(experiment, [results])

@@ -6,29 +6,9 @@ import itertools
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """`benchmarks/` is a folder of scripts, not a package."""
-    path = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, path)
-    try:
-        import reproduce
-    finally:
-        sys.path.remove(path)
-    return reproduce
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
 
 
 def go(bench, name, out, seed=0, arms=(), say=lambda text: None, **changes):
@@ -140,3 +120,6 @@ def test_data_are_made_and_not_read(bench, tmp_path):
     assert torch.equal(wave.train, split.train[:, 1])
     assert torch.equal(wave.test, split.test[:, 1])
     assert wave.fingerprint not in (split.fingerprint, module.only(split, name="circle").fingerprint)
+    load = sys.modules["reproduction.experiment"].load
+    with pytest.raises(ValueError, match="makes its own data, on the CPU: leave --device out"):
+        load(bench.EXPERIMENTS["exact-em"], bench.EXPERIMENTS["exact-em"].presets["quick"], "cuda")

@@ -25,27 +25,8 @@ TEXTS = ("collapse-text", "collapse-text-ptb", "short-run-ptb", "short-run-snli"
 LABELLED = ("ladder-mnist", "vlac-mnist", "infovae-mnist", "mae-omniglot", "energy-mnist")
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """`benchmarks/` is a folder of scripts, not a package."""
-    path = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, path)
-    try:
-        import reproduce
-    finally:
-        sys.path.remove(path)
-    return reproduce
-
-
 def test_every_experiment_is_tested(bench):
     assert list(bench.EXPERIMENTS) == [*NAMES, *OTHERS]
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="module")

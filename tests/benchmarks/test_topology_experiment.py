@@ -5,23 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """`benchmarks/` is a folder of scripts, not a package."""
-    path = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, path)
-    try:
-        import reproduce
-    finally:
-        sys.path.remove(path)
-    return reproduce
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +16,6 @@ def small_numbers(bench, monkeypatch):
     monkeypatch.setattr(sys.modules["reproduction.topology"], "PAIRS", 6)
     monkeypatch.setattr(sys.modules["reproduction.starts"], "STEPS", 20)
     monkeypatch.setattr(sys.modules["reproduction.starts"], "STARTS", 3)
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="module")
