@@ -323,7 +323,7 @@ def _experiment(name: str) -> Experiment:
             "Nets, schedules and epochs were chosen on another seed than those shown. Two things were changed after "
             "results of seeds 0 and 1 had been seen: the arms with the best start were added, because single starts "
             "had folded the latents, and Betti numbers take one choice of 300 landmarks instead of the vote of three "
-            "of 200, with which data of the torus itself came close to the threshold (ratio 2.2, threshold 2).",
+            "of 200, with which data of the torus itself came close to the threshold.",
             "The picture shows the longest of the interpolations, of the first seed.",
         ),
         missing=("Networks, renderers and tables of Jin et al. (2024) could not be read; the study is an equivalent.",),
