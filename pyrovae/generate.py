@@ -37,7 +37,8 @@ def decode(
     Raises:
         DataError: no such observed site, or one whose mean has no closed form, or depends on a discrete latent too.
     """
-    rows = space.bind(*args, **kwargs)
+    with isolated():
+        rows = space.bind(*args, **kwargs)
     number, size = u.shape[:2]
     whole = space.plate is not None and rows.foldable
     calls = [rows.rows.repeat(number)] if whole else [(args, kwargs)] * number

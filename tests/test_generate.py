@@ -13,6 +13,7 @@ from torch import nn
 
 from pyrovae import generate, guides
 from pyrovae.errors import DataError, IncompatibleError
+from pyrovae.latents import LatentSpace
 from pyrovae.models import VAE, PixelCNNVAE
 from pyrovae.nets import LinearHeadDecoder, PixelCNN
 
@@ -208,6 +209,13 @@ def test_a_traversal_moves_one_latent():
     step = (2 * model.weight[:, 1]).detach()
     torch.testing.assert_close(found[2] - found[1], step.expand(ROWS, -1))
     torch.testing.assert_close(found[1] - found[0], step.expand(ROWS, -1))
+
+
+def test_pictures_leave_nothing_in_the_parameter_store():
+    model = VAE(nn.Linear(DIM, PIXELS), DIM)
+    space = LatentSpace(model, torch.zeros(ROWS, PIXELS))
+    generate.decode(space, torch.zeros(2, ROWS - 1, DIM), torch.zeros(ROWS - 1, PIXELS))  # a batch not seen before
+    assert not list(pyro.get_param_store())
 
 
 def test_constrained_latents_and_other_sites():
