@@ -26,6 +26,7 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
+from pyrovae.atlas import Ways, ways
 from pyrovae.batching import Batched
 from pyrovae.compat import GuideTraits
 from pyrovae.families import Family, MixtureOfNormals
@@ -172,6 +173,27 @@ class Charts(FamilyGuide):
         """From coordinates in chart a to those in chart b, E_b(E(D(D_a(z)))); `[P, d]`, `[P]`, `[P]` -> `[P, d]`."""
         with self._aside(), torch.no_grad():
             return self._encode(self.model.mean(z, a), b)[..., : self.latent_dim].sigmoid()
+
+    def interpolate(
+        self, x: Tensor, other: Tensor, known: Tensor, *, steps: int = 8, within: float | None = None
+    ) -> Ways:
+        """E[x | z, c] along the shortest ways over charts from one batch to another, `[steps, B, *event]`; no gradient.
+
+        An atlas has no one latent space in which to draw a line: two data in one chart are joined by the straight line
+        there, others by way of data that two charts hold.
+
+        Args:
+            x, other: the ends, `[B, *event]`.
+            known: data among which such places are looked for, `[N, *event]` (training data).
+            steps: points of a way, both ends included.
+            within: distance from a datum at which a chart redraws, and so holds it; the likeliest one holds it in any
+                case. By default twice the median distance of `known` from their reconstructions.
+
+        Raises:
+            ValueError: fewer than two steps, or ends of different shapes.
+        """
+        with self._aside(), torch.no_grad(), evaluating(self.model, self):
+            return ways(self, x, other, known, steps=steps, within=within)
 
     def generate(self, size: int, *, faithful: bool = True, seed: int = 0) -> Generated:
         """Draws of c from the model's weights and of z from its cube, decoded.

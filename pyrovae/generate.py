@@ -79,7 +79,8 @@ def _require_settled(
         if not torch.equal(first, last):
             raise DataError(
                 f"site {site!r} depends on the discrete latent {name!r}, which the space sums out, so there is no one "
-                "E[x | z]: use the model's own methods (of a ChartAutoencoder mean(z, c) and Charts.reconstruct)"
+                "E[x | z]: use the model's own methods (of a ChartAutoencoder mean(z, c), Charts.reconstruct and "
+                "Charts.interpolate)"
             )
 
 

@@ -23,7 +23,6 @@ from pyrovae.nets import MLP, LinearHeadDecoder
 from pyrovae.nets.charts import ChartMLP
 from pyrovae.nets.time_mlp import TimeMLP
 from pyrovae.runtime import evaluating, seeded
-from reproduction.atlas import ways
 from reproduction.evaluation import plain
 from reproduction.experiment import Arm, Experiment, Preset, Setup, Split, start_noise
 from reproduction.starts import STARTS, best_start
@@ -136,7 +135,7 @@ def _paths(guide: Any, split: Split, start: Tensor, end: Tensor, steps: int) -> 
     if isinstance(guide.model, ChartAutoencoder):
         assert isinstance(split.train, Tensor)
         within = HELD * NOISE * split.train.shape[1] ** 0.5
-        return ways(guide, start, end, split.train, steps=steps, within=within)
+        return guide.interpolate(start, end, split.train, steps=steps, within=within).x
     if isinstance(guide.model, Diffusion):
         return guide.model.interpolate(start, end, steps=steps)
     return generate.interpolate(guide.model, guide, start, end, steps=steps)

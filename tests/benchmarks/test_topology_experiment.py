@@ -1,11 +1,9 @@
-"""The topology experiments, made small: controls that are known, tables and pictures over seeds, ways over an atlas."""
+"""The topology experiments, made small: controls that are known, tables and pictures over seeds."""
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,52 +140,3 @@ class Known(torch.nn.Module):
 
     def forward(self, x, t):
         return self.x
-
-
-class Arcs:
-    """An exact atlas of the unit circle, as far as `ways` asks: two arcs of 3/4 of it, around the angles 0 and pi."""
-
-    def __init__(self):
-        self.model = SimpleNamespace(mean=self.mean)
-
-    def predict(self, x):
-        return torch.softmax(1000 * torch.stack([x[:, 0], -x[:, 0]], -1), -1)
-
-    def coordinates(self, x):
-        angle = torch.atan2(x[:, 1], x[:, 0])
-        turns = [torch.remainder(angle - centre + math.pi, 2 * math.pi) - math.pi for centre in (0, math.pi)]
-        return (torch.stack(turns, 1) / (1.5 * math.pi) + 0.5).clamp(0, 1).unsqueeze(-1)
-
-    def mean(self, z, c):
-        angle = 1.5 * math.pi * (z[..., 0] - 0.5) + math.pi * c
-        return torch.stack([angle.cos(), angle.sin()], -1)
-
-    def reconstruct(self, x):
-        return x
-
-
-def on_circle(angle):
-    return torch.stack([angle.cos(), angle.sin()], -1)
-
-
-def test_ways_over_an_exact_atlas_are_geodesics(bench):
-    """Inside a chart and from chart to chart: on the circle, the shorter way round, evenly spaced, end to end."""
-    ways = sys.modules["reproduction.atlas"].ways
-    known = on_circle(torch.linspace(0, 2 * math.pi, 2001).double()[:-1])
-    start, end = (torch.tensor(angles).double() for angles in ([-0.4, 0.3, 0.3, 2.0], [0.5, 2.9, -2.7, 4.0]))
-    found = ways(Arcs(), on_circle(start), on_circle(end), known, steps=33, within=1e-6)
-    assert found.shape == (33, 4, 2)
-    angle = torch.atan2(found[..., 1], found[..., 0])
-    turn = torch.remainder(angle.diff(dim=0) + math.pi, 2 * math.pi) - math.pi
-    truth = torch.remainder(end - start + math.pi, 2 * math.pi) - math.pi
-    torch.testing.assert_close(found[0], on_circle(start))
-    torch.testing.assert_close(found[-1], on_circle(end))
-    torch.testing.assert_close(turn, (truth / 32).expand(32, 4), rtol=0.02, atol=0)
-
-
-def test_what_no_chain_of_charts_joins_is_cross_faded(bench):
-    ways = sys.modules["reproduction.atlas"].ways
-    known = on_circle(torch.linspace(0, 2 * math.pi, 100).double()[:-1])
-    a, b = on_circle(torch.zeros(1).double()), on_circle(torch.full((1,), math.pi).double())
-    found = ways(Arcs(), a, b, known[known[:, 0].abs() > 0.8], steps=3, within=1e-6)
-    torch.testing.assert_close(found[:, 0], torch.stack([a[0], (a[0] + b[0]) / 2, b[0]]))
