@@ -16,8 +16,9 @@ from pyrovae.models.energy_prior_vae import EnergyPriorVAE
 from pyrovae.models.joint_energy_prior import JointEnergyPrior
 from pyrovae.models.tilted import PriorChain, Tilted
 from pyrovae.nets import MLP, LadderDecoder, LadderEncoder
-from reproduction.evaluation import plain
+from reproduction.evaluation import layer_probes, plain
 from reproduction.experiment import Arm, Experiment, Preset, Setup, Split
+from reproduction.sheets import sheet, to_bytes
 
 __all__ = ["EXPERIMENT"]
 
@@ -72,7 +73,7 @@ def measure(guide: Any, split: Split, preset: Preset, progress: bool, arm: str) 
     model, x, y = guide.model, split.wide, split.wide_labels
     if x is None or y is None:
         return []
-    rows = [_probes(model, guide, x, y), _samples(model, x)]
+    rows = [layer_probes(guide, x, y), _samples(model, x)]
     strange = y == int(arm.rsplit(" ", 1)[1])
     if strange.any() and not strange.all():
         rows[:0] = [_detection(name, values, strange) for name, values in _scores(model, guide, x, preset).items()]
@@ -104,18 +105,6 @@ def _detection(score: str, values: Tensor, strange: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _probes(model: Any, guide: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Accuracy of a linear probe on each layer, all ten digits."""
-    if not 2 <= len(y.unique()) < len(x) // 4:
-        return {}
-    u = per_chunk(lambda *some: guide.draws(20, *some), (model, guide), (x,), {}, plate="data").mean(0)
-    found = {}
-    for name, part in getattr(model, "groups", {"z": slice(None)}).items():
-        probe = diagnose.probe(u[:, part], y)
-        found[name] = {"mean": 100 * probe.accuracy, "se": 100 * probe.se}
-    return {"table": "Digits from each layer's codes by a linear probe, accuracy in %", **found}
-
-
 def _samples(model: Any, x: Tensor) -> dict[str, Any]:
     """Sliced Wasserstein distance of mean images to test images, in pixel sds, before and after the tilt."""
     if not isinstance(model, Tilted):
@@ -140,17 +129,8 @@ def draw(guide: Any, split: Split, preset: Preset, arm: str) -> dict[str, list[A
         torch.manual_seed(0)
         for name, tilted in (("before", False), ("after", True)):
             images = guide.model.mean(guide.model.sample_prior(_SHOWN, tilted=tilted))
-            found[f"{arm}, {name}"] = (255 * images).round().int().tolist()
-    return found
-
-
-def picture(runs: list[dict[str, Any]]) -> Any:
-    """Samples before and after the tilt, of the first seed."""
-    from pyrovae import plots
-
-    return plots.images({
-        name: torch.tensor(row) / 255 for arm in runs[0]["arms"] for name, row in (arm.get("drawn") or {}).items()
-    })  # fmt: skip
+            found[f"{arm}, {name}"] = images
+    return to_bytes(found)
 
 
 def _arms() -> tuple[Arm, ...]:
@@ -179,7 +159,7 @@ EXPERIMENT = Experiment(
         for digit in DIGITS for tilted, untilted in (("energy prior", "VAE"), ("joint energy prior", "ladder"))
     ),
     presets={
-        "quick": Preset(epochs=15, train_rows=10_000, test_rows=300, num_samples=50, batch_size=100,
+        "quick": Preset(epochs=30, train_rows=30_000, test_rows=300, num_samples=50, batch_size=100,
                         learning_rate=1e-3, energy_rate=0.02, hidden=(256, 100), latent_dim=sum(SIZES), kl_epochs=3,
                         extra_rows=2000),
         "paper": Preset(epochs=200, num_samples=100, batch_size=100, learning_rate=3e-4, energy_rate=1 / 15,
@@ -199,5 +179,5 @@ EXPERIMENT = Experiment(
     ),
     measure=measure,
     draw=draw,
-    picture=picture,
+    picture=sheet,
 )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import diagnose, evidence, flows
+from pyrovae.chunks import per_chunk
 from pyrovae.data.text import Sentences
 from pyrovae.fitting.numbers import perplexity
 from pyrovae.guides.base import Guide
@@ -19,10 +20,11 @@ from pyrovae.minibatches import Rows
 from pyrovae.provenance import Provenance
 from pyrovae.runtime import evaluating
 
-__all__ = ["differences", "evaluate", "inference_time", "number", "plain"]
+__all__ = ["differences", "evaluate", "inference_time", "layer_probes", "number", "plain"]
 
 _ROWS = 50  # data evaluated between two looks at the progress bar
 _DRAWS, _KL_DRAWS = 200, 10  # of a KL, a datum's own error is nothing beside the spread over data
+_PROBED = 20  # draws of a posterior mean
 _CALLS, _WARM_UP = 30, 3  # of an inference that is timed
 
 
@@ -142,3 +144,15 @@ def _estimate(arm: dict[str, Any], bound: str) -> evidence.Estimate:
     provenance = Provenance(**arm["provenance"])
     return evidence.Estimate(bound, "lower bound", values, torch.zeros_like(values), provenance.num_samples or 1,
                              provenance)  # fmt: skip
+
+
+def layer_probes(guide: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Row of a table: accuracy of a linear probe on each layer's posterior means; empty where labels are too few."""
+    if not 2 <= len(y.unique()) < len(x) // 4:
+        return {}
+    u = per_chunk(lambda *some: guide.draws(_PROBED, *some), (guide.model, guide), (x,), {}, plate="data").mean(0)
+    found = {}
+    for name, part in getattr(guide.model, "groups", {"z": slice(None)}).items():
+        probe = diagnose.probe(u[:, part], y)
+        found[name] = {"mean": 100 * probe.accuracy, "se": 100 * probe.se}
+    return {"table": "Digits from each layer's codes by a linear probe, accuracy in %", **found}

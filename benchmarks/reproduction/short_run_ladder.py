@@ -7,20 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae import diagnose, evidence, guides
+from pyrovae import diagnose, evidence, generate, guides
 from pyrovae.chunks import per_chunk
 from pyrovae.diagnose.collapse import active_units
 from pyrovae.models import LadderVAE
 from pyrovae.nets import LadderDecoder, LadderEncoder
 from pyrovae.runtime import evaluating, seeded
-from reproduction.evaluation import number, plain
+from reproduction.evaluation import layer_probes, number, plain
 from reproduction.experiment import Arm, Experiment, Preset, Setup, Split
+from reproduction.sheets import sheet, to_bytes
 
 __all__ = ["EXPERIMENT"]
 
 NOISE = 0.15  # published
 STEPS, STEP = 25, 0.05  # published
 DRAWS = 20  # of a posterior mean
+PAIRS, POINTS = 3, 9  # interpolations in the picture, and images on each
 AXES = 20  # principal components in which samples are compared
 
 
@@ -51,15 +53,15 @@ def judge(parts: Setup) -> guides.LocalSVI:
 
 def measure(guide: Any, split: Split, preset: Preset, progress: bool, arm: str) -> list[dict[str, Any]]:
     """Reconstruction by an arm's own inference, evidence by annealing, and how far samples are from test images."""
-    model, x = guide.model, split.wide
-    if x is None:
+    model, x, y = guide.model, split.wide, split.wide_labels
+    if x is None or y is None:
         return []
     known = active_units(model, guide, x, num_samples=DRAWS)
     active = "; ".join(f"{int(known.active[where].sum())} of {where.stop - where.start} in {name}"
                        for name, where in model.groups.items())  # fmt: skip
     few = x[: preset.extra_steps]
     annealed = evidence.ais(model, few, num_chains=8, num_temperatures=300)
-    return [{
+    rows = [layer_probes(guide, x, y), {
         "table": f"Reconstruction of {len(x)} test images by each arm's own inference (squared error of a pixel in "
                  f"[0, 1], times 1000), active latents, log p(x) of {len(few)} images by annealed importance sampling, "
                  f"and the distance of samples from test images (sliced W2 in {AXES} principal components, in their "
@@ -69,6 +71,17 @@ def measure(guide: Any, split: Split, preset: Preset, progress: bool, arm: str) 
             _distance(split.train[: len(x)], x)
         ),
     }]  # fmt: skip
+    return [row for row in rows if row]
+
+
+def draw(guide: Any, split: Split, preset: Preset, arm: str) -> dict[str, list[Any]]:
+    """E[x | z] on the lines between posterior means of pairs of test images, as bytes."""
+    if split.wide is None:
+        return {}
+    start, end = split.wide[: 2 * min(PAIRS, len(split.wide) // 2)].chunk(2)
+    paths = generate.interpolate(guide.model, guide, start, end, steps=POINTS).cpu()
+    images = paths + split.source.train.mean(0).view(paths.shape[2:])
+    return to_bytes({f"{arm}, {pair + 1}": images[:, pair] for pair in range(images.shape[1])})
 
 
 def _errors(guide: Any, x: Tensor) -> Tensor:
@@ -124,6 +137,9 @@ EXPERIMENT = Experiment(
         "they cannot be held against these. Encoder and short run have the same decoder, steps and data.",
         "The standard deviation of the pixels is the published one and is not learned: a larger one would suit the "
         "first epochs better, whatever the inference.",
+        "The picture has interpolations between the posterior means that each arm's own inference finds.",
     ),
     measure=measure,
+    draw=draw,
+    picture=sheet,
 )  # fmt: skip

@@ -25,6 +25,7 @@ from pyrovae.nets.time_mlp import TimeMLP
 from pyrovae.runtime import evaluating, seeded
 from reproduction.evaluation import plain
 from reproduction.experiment import Arm, Experiment, Preset, Setup, Split, start_noise
+from reproduction.sheets import sheet, to_bytes
 from reproduction.starts import STARTS, best_start
 
 __all__ = ["EXPERIMENTS"]
@@ -218,16 +219,12 @@ def draw(guide: Any, split: Split, preset: Preset, arm: str) -> dict[str, list[l
     rows = {arm: _paths(guide, split, start, end, SHOWN)[:, 0].cpu() + _mean(split)}
     if arm == _baseline(manifold.dim):
         rows = {"geodesic": manifold.render(manifold.geodesic_path(a[pair], b[pair], SHOWN)), **rows}
-    return {name: (255 * row.clamp(0, 1)).round().int().tolist() for name, row in rows.items()}
+    return to_bytes(rows)
 
 
 def picture(runs: list[dict[str, Any]]) -> Any:
     """One pair of test images, a method a row; of the first seed."""
-    from pyrovae import plots
-
-    rows = {name: torch.tensor(row) / 255 for arm in runs[0]["arms"] for name, row in arm.get("drawn", {}).items()}
-    size = data.manifold(runs[0]["experiment"].removeprefix("topology-")).image_shape
-    return plots.images(rows, size)
+    return sheet(runs, data.manifold(runs[0]["experiment"].removeprefix("topology-")).image_shape)
 
 
 def verdict(runs: list[dict[str, Any]], *, betti: tuple[int, ...]) -> list[str]:

@@ -22,7 +22,7 @@ OTHERS = [  # with data of their own: test_exact_em.py, test_topology_experiment
     "exact-em", "exact-uses", "topology-circle", "topology-torus", "topology-sphere",
 ]  # fmt: skip
 TEXTS = ("collapse-text", "collapse-text-ptb", "short-run-ptb", "short-run-snli")
-LABELLED = ("ladder-mnist", "vlac-mnist", "infovae-mnist", "mae-omniglot", "energy-mnist")
+LABELLED = ("ladder-mnist", "vlac-mnist", "infovae-mnist", "mae-omniglot", "short-run-ladder", "energy-mnist")
 
 
 def test_every_experiment_is_tested(bench):
@@ -109,6 +109,13 @@ def test_every_arm_runs_to_the_page(bench, images, texts, tmp_path, name):
         assert f"{number['mean']:.2f} ± {number['se']:.2f}" in text
         if name in LABELLED and "alone" not in record["name"]:
             assert record["extra"]
+        if name == "short-run-ladder":
+            probes, measured = record["extra"]
+            assert set(probes) == {"table", "z1", "z2", "z3"}
+            assert measured["1000 MSE"]["mean"] > 0
+            paths = np.array(list(record["drawn"].values()))
+            assert paths.shape[:2] == (3, 9)
+            assert 0 <= paths.min() <= paths.max() <= 255
         if name in TEXTS:
             lengths = _test_lengths(texts, experiment.data)
             stored = json.loads((out / experiment_slug(experiment, record) / "arm.json").read_text())["values"]["IWAE"]
