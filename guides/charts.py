@@ -17,7 +17,8 @@ As the noise s goes to 0 the best chart takes all, 2 s^2 times minus the right-h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -148,14 +149,20 @@ class Charts(FamilyGuide):
 
         return write
 
+    @contextmanager
+    def _judging(self) -> Iterator[None]:
+        """Nets in evaluation mode, for a caller outside any Pyro program; no gradient."""
+        with self._aside(), torch.no_grad(), evaluating(self.model, self):
+            yield
+
     def coordinates(self, x: Tensor) -> Tensor:
         """sigmoid(m_c), where every chart has the data, `[B, N, d]`; no gradient."""
-        with self._aside(), torch.no_grad():
+        with self._judging():
             return self._encode(x, self._all_charts(x))[..., : self.latent_dim].sigmoid().movedim(0, 1)
 
     def predict(self, x: Tensor) -> Tensor:
         """P(x), `[B, N]`; no gradient."""
-        with self._aside(), torch.no_grad():
+        with self._judging():
             return torch.softmax(self._logits(x), -1)
 
     def frequencies(self, x: Tensor) -> Tensor:
@@ -166,12 +173,12 @@ class Charts(FamilyGuide):
         """E[x | z, c] through the chart that the predictor likes best, `[B, *event]`; no gradient."""
         c = self.predict(x).argmax(-1)
         z = self.coordinates(x)[torch.arange(len(x), device=x.device), c]
-        with self._aside(), torch.no_grad():
+        with self._judging():
             return self.model.mean(z, c)
 
     def transition(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """From coordinates in chart a to those in chart b, E_b(E(D(D_a(z)))); `[P, d]`, `[P]`, `[P]` -> `[P, d]`."""
-        with self._aside(), torch.no_grad():
+        with self._judging():
             return self._encode(self.model.mean(z, a), b)[..., : self.latent_dim].sigmoid()
 
     def interpolate(
@@ -192,7 +199,7 @@ class Charts(FamilyGuide):
         Raises:
             ValueError: fewer than two steps, or ends of different shapes.
         """
-        with self._aside(), torch.no_grad(), evaluating(self.model, self):
+        with self._judging():
             return ways(self, x, other, known, steps=steps, within=within)
 
     def generate(self, size: int, *, faithful: bool = True, seed: int = 0) -> Generated:
@@ -207,9 +214,11 @@ class Charts(FamilyGuide):
         Raises:
             ValueError: hardly any draw is faithful.
         """
+        if size < 1:
+            raise ValueError(f"a sample needs at least one draw, got {size}")
         model, drawn = self.model, 0
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        with self._aside(), torch.no_grad(), evaluating(model, self), seeded(seed):
+        with self._judging(), seeded(seed):
             while sum(len(part[0]) for part in found) < size:
                 if drawn >= _ROUNDS * size:
                     raise ValueError(
@@ -250,7 +259,8 @@ class Charts(FamilyGuide):
         optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
         with self._aside(), seeded(seed), torch.enable_grad():
             seeds, _ = farthest_points(x, self.num_charts, first=int(torch.randint(len(x), ())))
-            distance = torch.cdist(x[seeds].flatten(1), x.flatten(1))
+            flat = x.flatten(1)
+            distance = torch.cdist(flat[seeds], flat, compute_mode="donot_use_mm_for_euclid_dist")
             near, nearest = distance.topk(number, largest=False).indices, distance.argmin(0)
             for _ in range(num_steps):
                 some = near[:, torch.randint(number, (batch_size,), device=x.device)]  # [N, rows]

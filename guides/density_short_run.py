@@ -141,7 +141,7 @@ class DensityShortRun(ChainGuide):
                 curvature = hessian(total, rows).view(*u.shape, u.shape[-1])
             stretch = torch.linalg.eigvalsh(torch.eye(u.shape[-1]).to(u) + 0.5 * size**2 * _symmetric(curvature))
             log_q = log_q - stretch.abs().log().sum(-1)
-            folded = folded + (stretch <= 0).any(-1) / self.num_steps
+            folded = folded + (~(stretch > 0)).any(-1) / self.num_steps
             u = u + 0.5 * size**2 * slope.view(u.shape) + self.temperature * size * eps
         return u, log_q, folded
 

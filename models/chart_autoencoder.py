@@ -70,11 +70,18 @@ class ChartAutoencoder(Decoded):
         return torch.log_softmax(self.weights.logits, 0)
 
     def set_weights(self, frequencies: Tensor) -> None:
-        """Set p, for training by a loss that leaves it alone (`losses.ChartLoss`): `Charts.frequencies(data)`."""
-        if frequencies.shape != (self.num_charts,) or not (frequencies > 0).all():
-            raise ValueError(f"the weights of the charts are {self.num_charts} positive numbers, got {frequencies}")
+        """Set p, for training by a loss that leaves it alone (`losses.ChartLoss`): `Charts.frequencies(data)`,
+        of which that of a dead chart may be 0."""
+        if (
+            frequencies.shape != (self.num_charts,) or not torch.isfinite(frequencies).all()
+            or (frequencies < 0).any() or not frequencies.any()
+        ):  # fmt: skip
+            raise ValueError(
+                f"the weights of the charts are {self.num_charts} finite numbers, none negative and not all of them 0: "
+                f"guide.frequencies(data) gives them; got {frequencies}"
+            )
         with torch.no_grad():
-            self.weights.logits.copy_(frequencies.log())
+            self.weights.logits.copy_(frequencies.clamp_min(torch.finfo(frequencies.dtype).tiny).log())
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         if x is None and size is None:

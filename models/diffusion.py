@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Literal
 
 import pyro
@@ -90,6 +91,8 @@ class Diffusion(PyroModule):
         super().__init__()
         if num_steps < 1 or not 0 < min(betas) <= max(betas) < 1:
             raise ValueError(f"a diffusion needs a step and betas between 0 and 1, got {num_steps} and {betas}")
+        if not event_shape:
+            raise ValueError("a datum needs a dimension at least: event_shape=(1,) for single numbers")
         if variance not in ("beta", "posterior"):
             raise ValueError(f"variance must be 'beta' or 'posterior', got {variance!r}")
         if average is not None and not 0 <= average < 1:
@@ -133,7 +136,7 @@ class Diffusion(PyroModule):
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the averages towards the net; the first steps count more (1 - 1/n, up to `average`)."""
+        """Move the averages towards the net; the first steps count more (a decay of n / (10 + n), up to `average`)."""
         if self.average is None:
             return
         self.count += 1
@@ -209,15 +212,18 @@ class Diffusion(PyroModule):
         return self._transport(x, self._ladder(num_steps))
 
     def interpolate(self, x: Tensor, other: Tensor, *, steps: int = 8, num_steps: int = 50) -> Tensor:
-        """Between two batches of data on the great circle of their inverted noises, `[steps, B, *event]`."""
+        """Between two batches of data on the great circle of their inverted noises, `[steps, B, *event]`.
+
+        Opposite noises, of which there is no one great circle, are joined by the straight line.
+        """
         if steps < 2 or x.shape != other.shape:
             raise ValueError(f"an interpolation needs two ends of one shape, got {steps}, {x.shape} and {other.shape}")
         start, end = self.invert(x, num_steps).flatten(1), self.invert(other, num_steps).flatten(1)
         cosine = nn.functional.cosine_similarity(start, end, dim=1).clamp(-1, 1)
         angle = cosine.acos().unsqueeze(1)
         share = torch.linspace(0, 1, steps, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-        # sin(a s) / sin a; where the ends are one point, s itself
-        near = angle < 1e-4
+        # sin(a s) / sin a; where the ends are one point, or opposite ones (of which no one great circle is), s itself
+        near = (angle < 1e-4) | (angle > math.pi - 1e-3)
         sine = torch.where(near, torch.ones_like(angle), angle.sin())
         first = torch.where(near, 1 - share, ((1 - share) * angle).sin() / sine)
         second = torch.where(near, share, (share * angle).sin() / sine)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,6 +25,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrovae.batching import check_finite
 from pyrovae.compat import ModelTraits
 from pyrovae.errors import DataError
 from pyrovae.piecewise.cells import Intervals, Layer, Polygons, augmented, intervals, polygons
@@ -125,6 +127,7 @@ class PiecewiseAffineVAE(PyroModule):
     def posterior(self, x: Tensor) -> CellPosterior:
         """p(z | x), batch `[B]`, event `[D]`; a constant: no gradient reaches the model through it."""
         self._check(x)
+        check_finite((x,), {})
         with torch.no_grad():
             if self.latent_dim == 1:
                 return self._over(self.cells(), x)
@@ -201,8 +204,12 @@ class PiecewiseAffineVAE(PyroModule):
 
 def _linear(layers: Sequence[int | nn.Linear]) -> list[nn.Linear]:
     """Linear layers from widths, or those given, checked."""
-    widths = [layer for layer in layers if isinstance(layer, int)]
+    widths = [int(layer) for layer in layers if isinstance(layer, numbers.Integral)]
     nets = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len(widths) + len(nets) != len(layers):
+        raise ValueError(
+            "PiecewiseAffineVAE takes widths or nn.Linear layers alone: it puts leaky ReLUs between them (leak=...)"
+        )
     if not nets:
         nets = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
     elif widths:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Ways", "ways"]
 
-_NODES = 500  # data in overlaps
+_NODES = 500  # data in overlaps, at most
 _SHORTEST = 1e-6  # in cubes' sides: SciPy takes lengths near 0 for no edge at all
 _HELD = 2.0  # default of `within`, in median distances of the data from what the likeliest chart makes of them
 
@@ -42,11 +42,17 @@ def ways(guide: Any, x: Tensor, other: Tensor, known: Tensor, *, steps: int, wit
         raise ValueError(f"both ends must have one shape, got {list(x.shape)} and {list(other.shape)}")
     if within is None:
         within = _HELD * float((known - guide.reconstruct(known)).flatten(1).norm(dim=-1).median())
-    overlap = known[_held(guide, known, within).sum(1) > 1][:_NODES]
+    overlap = known[_held(guide, known, within).sum(1) > 1]
+    overlap = overlap[:: -(-len(overlap) // _NODES) or 1]  # from all over, in whatever order the data come
     nodes = torch.cat([x, other, overlap])
     z, held = guide.coordinates(nodes), _held(guide, nodes, within)
     places = z.movedim(1, 0)
     apart = torch.cdist(places, places).masked_fill(~(held.T.unsqueeze(2) & held.T.unsqueeze(1)), torch.inf)
+    size = len(x)
+    # Ways lead from their own start to their own end over known data alone, whatever else is in the batch.
+    apart[:, :, :size], apart[:, size : 2 * size] = torch.inf, torch.inf
+    others = ~torch.eye(size, dtype=torch.bool, device=x.device)
+    apart[:, :size, size : 2 * size].masked_fill_(others, torch.inf)
     length, chart = apart.clamp_min(_SHORTEST).min(0)
     _, before = dijkstra(length.double().cpu().numpy(), indices=range(len(x)), return_predecessors=True)
     ends = guide.reconstruct(x), guide.reconstruct(other)

@@ -24,7 +24,12 @@ def entropy(draws: Tensor, neighbour: int = 3) -> Tensor:
     number, _, dim = draws.shape
     if not 1 <= neighbour < number:
         raise ValueError(f"the entropy takes more than {neighbour} draws and neighbour >= 1, got {number} draws")
-    radii = torch.stack([torch.cdist(one, one).kthvalue(neighbour + 1).values for one in draws.movedim(1, 0)])
+    radii = torch.stack([_distances(one).kthvalue(neighbour + 1).values for one in draws.double().movedim(1, 0)])
     psi = torch.special.digamma(torch.tensor([float(number), float(neighbour)]))
     ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1)
-    return float(psi[0] - psi[1]) + ball + dim * radii.log().mean(-1)
+    return (float(psi[0] - psi[1]) + ball + dim * radii.log().mean(-1)).to(draws.dtype)
+
+
+def _distances(points: Tensor) -> Tensor:
+    """Differences first: by products of matrices, near neighbours far from the origin would round to one point."""
+    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

@@ -32,7 +32,8 @@ __all__ = ["Imputation", "centre", "decode", "impute", "interpolate", "traverse"
 def decode(
     space: LatentSpace, u: Tensor, *args: Any, site: str = "x", **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """(E[x | z], Var[x | z]) of an observed site at latents `u: [S, B, D]` of a call's data, `[S, B, *event]`.
+    """(E[x | z], Var[x | z]) of an observed site at latents `u: [S, B, D]` of a call's data, `[S, B, *event]`; plates
+    inside the data plate come before the event.
 
     Raises:
         DataError: no such observed site, or one whose mean has no closed form, or depends on a discrete latent too.
@@ -59,8 +60,13 @@ def decode(
                     "picture of E[x | z]: draw from the model at these latents"
                 ) from error
             _require_settled(space, point, nodes.nodes, site, some, named)
-            shape = (-1, size, *fn.event_shape) if space.plate is not None else (1, *fn.batch_shape, *fn.event_shape)
-            found.append([moment.expand(fn.shape()).reshape(shape) for moment in moments])
+            moments = tuple(moment.expand(fn.shape()) for moment in moments)
+            if space.plate is None:
+                found.append([moment.unsqueeze(0) for moment in moments])
+                continue
+            (row,) = (frame.dim for frame in nodes.nodes[site]["cond_indep_stack"] if frame.name == space.plate)
+            ahead = [moment.movedim(len(fn.batch_shape) + row, 0) for moment in moments]  # of plates inside, too
+            found.append([moment.reshape(-1, size, *moment.shape[1:]) for moment in ahead])
     mean, variance = (torch.cat(parts) for parts in zip(*found, strict=True))
     return mean, variance
 
@@ -71,12 +77,13 @@ def _require_settled(
     """Raise where E[x | z] moves with a discrete latent that the space sums out: a draw of it would decide."""
     for name in space.enumerated:
         values = nodes[name]["fn"].enumerate_support(expand=True)
-        first, last = (
+        sites = [
             poutine.trace(poutine.condition(space.model, {**space.constrain(point), name: value}))
-            .get_trace(*args, **kwargs).nodes[site]["fn"].mean
-            for value in (values[0], values[-1])
-        )  # fmt: skip
-        if not torch.equal(first, last):
+            .get_trace(*args, **kwargs).nodes[site]["fn"]
+            for value in values
+        ]  # fmt: skip
+        first = sites[0]
+        if not all(torch.equal(fn.mean, first.mean) and torch.equal(fn.variance, first.variance) for fn in sites):
             raise DataError(
                 f"site {site!r} depends on the discrete latent {name!r}, which the space sums out, so there is no one "
                 "E[x | z]: use the model's own methods (of a ChartAutoencoder mean(z, c), Charts.reconstruct and "
@@ -216,7 +223,7 @@ def impute(
 
     rows = chunk if chunk is not None else max(1, 16_000 // num_samples)
     mean, sd, khat, density = per_chunk(
-        measure, (program, partly), (filled,), {"_mask": mask}, plate=guide.plate, batched=guide.batched, seed=seed,
+        measure, (program, partly), (filled,), {"_mask": mask}, plate=guide.plate, batched=partly.batched, seed=seed,
         chunk=rows, beside=() if truth is None else (torch.where(mask, x, truth),),
     )  # fmt: skip
     khat, density = (values.flatten(1)[:, 0].double() for values in (khat, density))
@@ -268,8 +275,13 @@ class _Pixels(poutine.messenger.Messenger):
                 f"the values of site {self.site!r} are not independent given the latents ({type(fn).__name__}), so "
                 "single ones cannot be hidden"
             )
-        seen = fn.expand(self.mask.shape) if fn.batch_shape != self.mask.shape else fn
-        msg["fn"] = MaskedDistribution(seen, self.mask).to_event(dims)
+        if msg["value"].shape != self.mask.shape:
+            raise DataError(
+                f"the values of site {self.site!r} have shape {list(msg['value'].shape)}, the mask "
+                f"{list(self.mask.shape)}: only data with a row a datum can be hidden in part"
+            )
+        shape = torch.broadcast_shapes(fn.batch_shape, self.mask.shape)  # an enumerated latent puts a dim in front
+        msg["fn"] = MaskedDistribution(fn.expand(shape), self.mask.expand(shape)).to_event(dims)
 
 
 def _on(guide: Any, model: Any, program: Any) -> Any:
@@ -279,6 +291,8 @@ def _on(guide: Any, model: Any, program: Any) -> Any:
         for cache in ("_space", "_ledger"):
             if cache in part.__dict__:
                 part.__dict__[cache] = None
+        if part.__dict__.get("batched", "auto") != "auto":
+            part.batched = [*part.batched, "_mask"]
         if hasattr(part, "encoder_input"):
             part.encoder_input = _Unmasked(part.encoder_input)
     return found

@@ -65,6 +65,16 @@ def test_what_no_chain_of_charts_joins_is_cross_faded():
     torch.testing.assert_close(found[:, 0], torch.stack([a[0], (a[0] + b[0]) / 2, b[0]]))
 
 
+def test_a_way_does_not_depend_on_the_other_pairs():
+    known = on_circle(torch.linspace(0, 2 * math.pi, 41).double()[:-1])
+    start, end = (on_circle(2 * math.pi * torch.rand(12, generator=torch.Generator().manual_seed(s)).double())
+                  for s in (0, 1))  # fmt: skip
+    whole = ways(Arcs(), start, end, known, steps=7, within=1e-6)
+    for pair in range(12):
+        alone = ways(Arcs(), start[pair : pair + 1], end[pair : pair + 1], known, steps=7, within=1e-6)
+        torch.testing.assert_close(alone.x[:, 0], whole.x[:, pair])
+
+
 def test_a_datum_is_joined_to_itself():
     x = on_circle(torch.tensor([0.3]).double())
     found, joined = ways(Arcs(), x, x, on_circle(torch.arange(5).double()), steps=4, within=1e-6)

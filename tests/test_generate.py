@@ -270,3 +270,52 @@ def test_an_exact_posterior_of_whole_data_alone_is_refused():
     model, x = Conjugate(), circle(4)
     with pytest.raises(IncompatibleError, match="give the model marginal"):
         generate.impute(model, guides.Exact(model), x, torch.ones_like(x).bool())
+
+
+def inlier_or_outlier(scales, shifts):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            c = pyro.sample("c", dist.Categorical(torch.ones(len(scales))), infer={"enumerate": "parallel"})
+            loc = z[..., :1] + torch.tensor(shifts)[c].unsqueeze(-1)
+            scale = torch.tensor(scales)[c].unsqueeze(-1)
+            pyro.sample("x", dist.Normal(loc.expand(*loc.shape[:-1], 4), scale).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(("scales", "shifts"), [((1.0, 1.0, 1.0), (0.0, 3.0, 0.0)), ((0.1, 5.0), (0.0, 0.0))])
+def test_pictures_that_a_discrete_latent_decides_are_refused(scales, shifts):
+    """In the middle of its support, and in the variance alone."""
+    model, x = inlier_or_outlier(scales, shifts), torch.zeros(3, 4)
+    space = LatentSpace(model, x)
+    with pytest.raises(DataError, match="depends on the discrete latent 'c'"):
+        generate.decode(space, torch.zeros(2, 3, 2), x)
+    with pytest.raises(DataError, match="depends on the discrete latent 'c'"):
+        generate.impute(model, guides.Amortized(model, nn.Linear(4, 4)), x, torch.rand(3, 4) < 0.5)
+
+
+def test_a_plate_inside_that_of_the_data():
+    """`[plate, data]` in the program, `[S, B, plate]` in the picture."""
+
+    def model(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            with pyro.plate("pixels", 3, dim=-2):
+                pyro.sample("x", dist.Normal(z[..., 0] + 10 * torch.arange(3.0).unsqueeze(-1), 1.0), obs=x)
+
+    x, u = torch.zeros(3, 4), torch.randn(5, 4, 2)
+    space = LatentSpace(model, x)
+    mean, variance = generate.decode(space, u, x)
+    torch.testing.assert_close(mean, u[..., :1] + 10 * torch.arange(3.0))
+    torch.testing.assert_close(variance, torch.ones(5, 4, 3))
+
+
+def test_arguments_named_as_rows_are_kept_beside_the_mask():
+    model, x = ppca()
+    mask = holes()
+    found = [
+        generate.impute(model, guides.LocalSVI(model, "full-rank", batched=batched), x, mask)
+        for batched in ("auto", [0])
+    ]  # fmt: skip
+    torch.testing.assert_close(found[0].mean, found[1].mean)

@@ -175,7 +175,8 @@ class Sphere(Manifold):
 
     def cover_path(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
         """Great circle; between antipodes, any one of them."""
-        tangent = b - (a * b).sum(-1, keepdim=True) * a
+        # Exactly 0 at -a; b - (a . b) a would be rounding, of any direction.
+        tangent = torch.linalg.cross(torch.linalg.cross(a, b, dim=-1), a, dim=-1)
         length = torch.linalg.vector_norm(tangent, dim=-1, keepdim=True)
         antipodal = length < 1e-12
         tangent = torch.where(antipodal, _perpendicular(a), tangent / length.clamp_min(1e-12))

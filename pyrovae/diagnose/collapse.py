@@ -52,6 +52,8 @@ class Information:
         cap: log N, which I cannot exceed.
         mean_variance: `[D]`, variance over data of the posterior mean.
         tilted: the prior is tilted.
+        augmented: the guide's density is of more than z (chains, `DAIS`, `HVAE`, ...), and `kl` that of all of it: an
+            upper bound of the KL of z, which can be several times as large.
     """
 
     kl: Tensor
@@ -60,6 +62,7 @@ class Information:
     cap: float
     mean_variance: Tensor
     tilted: bool = False
+    augmented: bool = False
 
     @property
     def active(self) -> Tensor:
@@ -68,7 +71,7 @@ class Information:
 
     def __repr__(self) -> str:
         n, dim = len(self.kl), len(self.mean_variance)
-        name = "KL to the prior's base" if self.tilted else "KL"
+        name = ("KL to the prior's base" if self.tilted else "KL") + (" at most" if self.augmented else "")
         if n == 1:
             return f"Information in one datum: {name} {float(self.kl):.2f} nats; what latents tell apart takes two data"
         known = "unknown"
@@ -203,6 +206,7 @@ def information(
         kl=excess.mean(0), kl_se=excess.std(0) / math.sqrt(scored),
         mutual_information=mutual, cap=math.log(u.shape[1]),
         mean_variance=mean_variance(u), tilted=bool(getattr(getattr(model, "traits", None), "tilted", False)),
+        augmented=not guide.traits.marginal,
     )  # fmt: skip
 
 

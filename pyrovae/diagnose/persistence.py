@@ -110,7 +110,10 @@ def dense(x: Tensor) -> Tensor:
     if len(x) <= _NEIGHBOUR:
         raise DataError(f"the density filter needs more than {_NEIGHBOUR} points, got {len(x)}: pass more")
     # A point is its own nearest.
-    nearest = [torch.cdist(some, x).topk(_NEIGHBOUR + 1, largest=False).values for some in x.split(_ROWS)]
+    exact = "donot_use_mm_for_euclid_dist"  # far from the origin, products of matrices lose near neighbours
+    nearest = [
+        torch.cdist(some, x, compute_mode=exact).topk(_NEIGHBOUR + 1, largest=False).values for some in x.split(_ROWS)
+    ]  # fmt: skip
     reach = torch.cat(nearest)[:, -1]
     return reach <= reach.sort().values[int(_KEPT * (len(x) - 1))]  # torch.quantile takes 2^24 values at most
 

@@ -102,8 +102,10 @@ class Report:
 
     def _loss(self) -> list[str]:
         g = self.gaps
-        if g is None:
+        if self.elbo is None:
             return ["The guide has no density: its ELBO, its gaps and k-hat are unknown, and only chains can judge it."]
+        if g is None:
+            return []
         total, family, encoder = g.inference, g.approximation, g.amortization
         at_least = "" if g.log_evidence.kind == "exact" else "at least "
         lost = f"{at_least}{total.mean:.2f} ± {total.mean_se:.2f} nats per datum"
@@ -172,7 +174,7 @@ class Report:
         i = self.information
         if i is None:
             return []
-        words = f"KL to the prior is {float(i.kl.mean()):.2f} nats per datum"
+        words = f"KL to the prior is {'at most ' if i.augmented else ''}{float(i.kl.mean()):.2f} nats per datum"
         if self.num_data == 1:  # what a latent tells apart takes two data
             return [words + "."]
         found = []

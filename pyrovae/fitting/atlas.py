@@ -24,8 +24,7 @@ _NO_CHARTS = "unknown: the guide finds a datum in no chart"
 
 def settle(model: Any, guide: Any, train: Tensor) -> None:
     """The charts' weights, after training: how often each is in use."""
-    frequencies = guide.frequencies(train)
-    model.set_weights(frequencies.clamp_min(torch.finfo(frequencies.dtype).tiny))  # a dead chart's may round to 0
+    model.set_weights(guide.frequencies(train))
 
 
 def facts(model: Any, guide: Any, material: Material, seed: int) -> dict[str, Number | str]:

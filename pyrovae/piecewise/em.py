@@ -135,9 +135,12 @@ def fit_em(
     with torch.no_grad():
         posterior = model.posterior(x)
         curve.append(posterior.log_evidence.mean())
+        # Residuals are differences of squares: of data far from 0 nothing would be left. A ridge holds the bias to 0.
+        centre = x.double().mean(0) if weight_variance is None else torch.zeros_like(x[0]).double()
         while len(curve) <= iterations and not converged:
-            statistics = _expect(posterior, x.double())
+            statistics = _expect(posterior, x.double() - centre)
             weights, noise = model.layers_and_noise()
+            weights[-1] = weights[-1][0], weights[-1][1] - centre
             ridge = 0.0 if weight_variance is None else float(noise**2) / weight_variance
             last = len(weights) - 1
             if layers == "output":
@@ -147,6 +150,7 @@ def fit_em(
                     weights[depth] = _solve(weights, statistics, depth, ridge, damping)
             if len(curve) > noise_from:
                 noise = _residual(weights, statistics).sqrt()
+            weights[-1] = weights[-1][0], weights[-1][1] + centre
             model.set_layers_and_noise(weights, noise)
             posterior = model.posterior(x)
             curve.append(posterior.log_evidence.mean())

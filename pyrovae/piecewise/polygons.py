@@ -101,10 +101,10 @@ class _Slices:
 
     def __init__(self, strips: _Strips, gaussians: CellGaussians) -> None:
         self.strips, self.gaussians = strips, gaussians
-        covariance = gaussians.covariance
-        self.scale = covariance[:, 1, 1].sqrt()
-        self.pull = covariance[:, 0, 1] / covariance[:, 1, 1]
-        self.rest = (covariance[:, 0, 0] - self.pull * covariance[:, 0, 1]).sqrt()
+        factor = gaussians.factor
+        self.scale = 1 / factor[:, 1, 1].abs()
+        self.pull = -factor[:, 0, 1] / factor[:, 0, 0]
+        self.rest = 1 / factor[:, 0, 0].abs()
 
     def bounds(self, panels: _Panels, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Conditional mean `[P, G]` and scale `[P, 1]` of z_1 at `z: [P, G]`, and its ends, standardised."""
@@ -217,7 +217,7 @@ def _panels(slices: _Slices, cells: Polygons) -> _Panels:
 def _modes(cells: Polygons, gaussians: CellGaussians) -> tuple[Tensor, Tensor]:
     """Where each cell's density is highest, `[B, R, 2]`, and its logarithm there, `[B, R]`."""
     start = cells.corners  # [R, V, 2]
-    factor = torch.linalg.cholesky(torch.linalg.inv(gaussians.covariance))  # z -> factor' z has a round metric
+    factor = gaussians.factor.mT  # z -> factor' z has a round metric
     start, centre = start @ factor, torch.einsum("brd,rde->bre", gaussians.loc, factor)
     along = start.roll(-1, 1) - start
     away = centre.unsqueeze(2) - start  # [B, R, V, 2]
@@ -226,14 +226,14 @@ def _modes(cells: Polygons, gaussians: CellGaussians) -> tuple[Tensor, Tensor]:
     nearest = start + share.unsqueeze(-1) * along
     distance = (centre.unsqueeze(2) - nearest).square().sum(-1)
     turn = along[..., 0] * away[..., 1] - along[..., 1] * away[..., 0]  # positive left of an edge
+    turn = turn * factor[:, 0, 0, None].sign() * factor[:, 1, 1, None].sign()  # which a reflection turns round
     inside = ((turn >= 0) | (length == 0)).all(-1)
     pick = distance.argmin(-1, keepdim=True)
     point = nearest.gather(2, pick.unsqueeze(-1).expand(-1, -1, 1, 2)).squeeze(2)
     square = torch.where(inside, 0.0, distance.gather(2, pick).squeeze(2))
     mode = torch.where(inside.unsqueeze(-1), centre, point)
     mode = torch.linalg.solve_triangular(factor.mT, mode.unsqueeze(-1), upper=True).squeeze(-1)
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return mode, gaussians.log_weight + log_det - 2 * _LOG_ROOT_2PI - 0.5 * square
+    return mode, gaussians.log_weight + gaussians.log_det - 2 * _LOG_ROOT_2PI - 0.5 * square
 
 
 def _integrate(slices: _Slices, panels: _Panels) -> _Integrated:

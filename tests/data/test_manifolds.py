@@ -224,3 +224,14 @@ def test_bad_inputs_say_what_to_do():
         manifold("torus").geodesic_path(torch.zeros(1, 2), torch.ones(1, 2), 1)
     with pytest.raises(ValueError, match="training and test"):
         manifold("torus").data(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_path_between_antipodes_stays_on_the_sphere(dtype):
+    sphere = manifold("sphere")
+    a = torch.nn.functional.normalize(torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).to(dtype), dim=-1)
+    path = sphere.geodesic_path(a, -a, 9)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert (path.norm(dim=-1) - 1).abs().max() < tolerance
+    steps = sphere.geodesic(path[:, :-1].flatten(0, 1), path[:, 1:].flatten(0, 1))
+    torch.testing.assert_close(steps, torch.full_like(steps, math.pi / 8), rtol=1e-5, atol=0)

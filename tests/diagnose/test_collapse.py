@@ -74,7 +74,21 @@ def test_chains_have_a_kl_but_no_mutual_information():
     found = information(model, guide, x)
     assert found.mutual_information is None
     assert found.kl.isfinite().all()
+    assert found.augmented
+    assert "KL at most" in repr(found)
     assert "unknown" in repr(found)
+
+
+def test_the_kl_of_a_chain_is_an_upper_bound_and_says_so():
+    """A chain that starts at the exact posterior, and stays there: its density knows more than z."""
+    model, x = problems.ppca(rows=3, latent=2, pixels=4)
+    exact_one = Exact(model, nn.Identity(), family="full-rank")
+    chain = guides.DensityShortRun(model, 20, 0.2, init=exact_one)
+    known, found = information(model, exact_one, x), information(model, chain, x)
+    assert not known.augmented
+    assert "KL at most" not in repr(known)
+    assert (found.kl > known.kl + 0.5).all()
+    assert "KL at most" in repr(found)
 
 
 def test_bad_input_is_refused():

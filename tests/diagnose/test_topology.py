@@ -279,3 +279,13 @@ def test_longest_bars_are_those_of_the_calibration_table(name, prime, noise):
     assert found.betti_by_reference_unfiltered == space.betti(3)
     weak = (1, 1, 1)  # H2 of the Klein bottle: the bar that only the reference tells from a feature
     assert found.betti_unfiltered == (weak if name == "klein-bottle" else space.betti(3))
+
+
+def test_the_density_filter_does_not_depend_on_where_the_cloud_lies():
+    generator = torch.Generator().manual_seed(0)
+    angle = 2 * math.pi * torch.rand(2000, generator=generator)
+    ring = torch.stack([angle.cos(), angle.sin()], -1) + 0.02 * torch.randn(2000, 2, generator=generator)
+    x = torch.cat([ring, 3 * torch.rand(60, 2, generator=generator) - 1.5])
+    for shift in (0.0, 1e3):
+        moved = x + shift  # rounded to float32 there; the truth in float64
+        assert torch.equal(dense(moved), dense(moved.double()))

@@ -189,3 +189,10 @@ def test_one_bad_datum_is_named():
     assert found.gaps.inference.mean < 3 * found.gaps.inference.mean_se
     assert "Datum 0 alone loses" in found.verdict[0]
     assert "encoder" in found.verdict[0]
+
+
+def test_without_gaps_nothing_is_said_of_them():
+    found = made(given("full-rank"), X[:8], num_gaps=0, num_reference=0)
+    assert found.gaps is None
+    assert "no density" not in " ".join(found.verdict)
+    assert "k-hat is below" in found.verdict[0]

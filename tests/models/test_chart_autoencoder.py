@@ -378,7 +378,7 @@ def test_what_does_not_go_together_is_refused():
         Charts(model, nn.Linear(5, 4), ChartMLP(3, [4, 3]), nn.Linear(5, 3))
     with pytest.raises(ValueError, match="logits of 3 charts"):
         Charts(model, nn.Linear(5, 4).double(), ChartMLP(3, [4, 4]).double(), nn.Linear(5, 2).double()).predict(data(2))
-    with pytest.raises(ValueError, match="3 positive numbers"):
+    with pytest.raises(ValueError, match="3 finite numbers"):
         model.set_weights(torch.ones(2))
     with pytest.raises(ValueError, match="must not be negative"):
         ChartLoss(-1.0)
@@ -390,3 +390,34 @@ def test_what_does_not_go_together_is_refused():
         model.weights.logits.copy_(torch.tensor([-50.0, 0.0, 0.0]))
     with pytest.raises(ValueError, match="fewer than 1 in 50"):
         guide.generate(10)
+
+
+def test_judging_moves_neither_nets_nor_random_state():
+    """In training mode, as stock SVI leaves a guide: no dropout, no BatchNorm statistics."""
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(4, PIXELS), nn.BatchNorm1d(PIXELS))
+    model = ChartAutoencoder(ChartMLP(3, [2, 8, 4]), decoder)
+    encoder = nn.Sequential(nn.Linear(PIXELS, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    guide = Charts(model, encoder, ChartMLP(3, [4, 8, 4]), nn.Linear(PIXELS, 3))
+    x = data(6, torch.float32)
+    c, z = torch.zeros(6, dtype=torch.long), torch.full((6, 2), 0.3)
+    before, state = [b.clone() for b in (*model.buffers(), *guide.buffers())], torch.get_rng_state()
+    for judge in (guide.coordinates, guide.predict, guide.frequencies, guide.reconstruct,
+                  lambda rows: guide.transition(z, c, c + 1)):  # fmt: skip
+        torch.testing.assert_close(judge(x), judge(x), rtol=0, atol=0)
+    assert all(map(torch.equal, before, (*model.buffers(), *guide.buffers())))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert guide.training
+
+
+def test_a_dead_chart_may_weigh_nothing():
+    model, guide = atlas()
+    with torch.no_grad():
+        guide.predictor.bias[1] -= 2000
+    model.set_weights(guide.frequencies(data(20)))
+    assert float(model.log_weights[1]) < -600
+    assert torch.isfinite(evidence.elbo(model, guide, data(3), num_samples=5).values).all()
+    with pytest.raises(ValueError, match="none negative and not all of them 0"):
+        model.set_weights(torch.zeros(3).double())
+    with pytest.raises(ValueError, match="at least one draw"):
+        guide.generate(0)

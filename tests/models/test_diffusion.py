@@ -325,3 +325,15 @@ def test_bad_input_is_refused():
         DiffusionELBO().per_datum(model, guide, data(2))
     with pytest.raises(ScaleError), anneal(0.5):
         guide.log_weights(2, data(2))
+
+
+def test_between_opposite_noises_nothing_explodes():
+    """Of single numbers: every pair of noises is parallel or opposite."""
+    torch.manual_seed(0)
+    model = Diffusion(TimeMLP((1,), hidden=(16,)), (1,), num_steps=20, betas=(1e-3, 0.2))
+    start, end = torch.tensor([[3.0]]), torch.tensor([[-3.0]])
+    assert model.invert(start, 20) * model.invert(end, 20) < 0
+    path = model.interpolate(start, end, steps=5, num_steps=20)
+    assert path.abs().max() < 10
+    with pytest.raises(ValueError, match="event_shape="):
+        Diffusion(TimeMLP((1,), hidden=(16,)), ())

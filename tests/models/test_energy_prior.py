@@ -333,3 +333,19 @@ def test_diagnostics_say_what_a_tilted_prior_leaves_open():
     assert torch.allclose(before.log_evidence.values - after.log_evidence.values, torch.full((4,), log_z).double())
     assert torch.allclose(before.kl.values, after.kl.values)
     assert (after.errors.abs() < 4).all()
+
+
+def test_weights_written_behind_the_counter_are_seen():
+    """`.data` leaves no trace in a tensor's version."""
+    model = models()["one"]
+    model.normalise(0.3)
+    assert model.normalised
+    for parameter in model.energy.parameters():
+        parameter.data.mul_(2)
+    assert not model.normalised
+    for parameter in model.energy.parameters():
+        parameter.data.div_(2)
+    assert model.normalised
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in model.energy.parameters())),
+                                        model.energy.parameters())  # fmt: skip
+    assert not model.normalised

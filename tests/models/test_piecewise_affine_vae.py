@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -177,3 +178,18 @@ def test_data_of_another_width_are_refused():
     for call in (model, model.posterior, model.log_evidence):
         with pytest.raises(DataError, match=r"makes \[B, 2\]"), pyro.get_param_store().scope():
             call(torch.zeros(3, 5).double())
+
+
+def test_layers_of_another_kind_are_refused():
+    for layers in ([nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2)], nn.Sequential(nn.Linear(1, 8), nn.LeakyReLU(0.2))):
+        with pytest.raises(ValueError, match="takes widths or nn.Linear layers alone"):
+            PiecewiseAffineVAE(layers)
+    assert [layer.out_features for layer in PiecewiseAffineVAE([1, 8, np.int64(16), 2]).layers] == [8, 16, 2]
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 2], [2, 4, 2]])
+def test_data_that_are_no_numbers_are_refused(sizes):
+    x = torch.zeros(3, 2)
+    x[1, 0] = torch.nan
+    with pytest.raises(DataError, match="NaN or infinite"):
+        PiecewiseAffineVAE(sizes).log_evidence(x)

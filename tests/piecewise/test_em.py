@@ -143,3 +143,17 @@ def test_data_without_noise_are_refused_at_the_end():
     """One datum: the decoder goes through it, and the likelihood has no maximum."""
     with pytest.raises(ValueError, match="noise has fallen to zero|fewer units"):
         fit_em(random_net([1, 8, 2]), circle(1), 2000)
+
+
+@pytest.mark.parametrize("layers", ["output", "all"])
+def test_where_the_data_lie_changes_nothing(layers):
+    """Far from 0 the squares of which residuals are made agree in all their digits."""
+    curves = []
+    for shift in (0.0, 1e7):
+        model = random_net([1, 8, 2], noise=0.55, seed=0, output=0.1)
+        with torch.no_grad():
+            model.layers[-1].bias.add_(shift)
+        curves.append(fit_em(model, circle() + shift, 15, layers=layers, seed=1).log_likelihood)
+    torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=1e-5)
+    if layers == "output":
+        assert float(curves[1].diff().min()) > -1e-6

@@ -10,7 +10,9 @@ import pytest
 import torch
 from bench.piecewise_nets import log_joint, random_net
 from scipy import integrate
+from torch import nn
 
+from pyrovae.models import PiecewiseAffineVAE
 from pyrovae.piecewise import TruncatedNormals, gaussians, intervals
 from pyrovae.piecewise.cells import augmented
 
@@ -123,3 +125,22 @@ def test_densities_are_those_of_the_net_and_draws_have_the_moments():
     assert ((met - q.weights).abs() < 4.5 * (q.weights * (1 - q.weights) / 40_000).sqrt() + 1e-6).all()
     wide = q.expand((3, 2))
     assert wide.log_prob(wide.sample((5,))).shape == (5, 3, 2)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-4, 1e-8])
+def test_a_ridge_keeps_its_digits_however_small_the_noise(noise):
+    """One output of two latents: Sigma^-1 is nearly singular. Closed forms of log p(x) and of log q at the mean."""
+    slope = torch.tensor([1.0, 1.25], dtype=torch.double)
+    first, last = nn.Linear(2, 2).double(), nn.Linear(2, 1).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(2))
+        last.weight.copy_(slope.unsqueeze(0))
+        first.bias.zero_()
+        last.bias.zero_()
+    model, x = PiecewiseAffineVAE([first, last], leak=1.0, noise=noise), torch.tensor([[0.75]], dtype=torch.double)
+    q, s = model.posterior(x), float(model.noise.detach())
+    variance = s * s + float(slope @ slope)
+    truth = -0.5 * (0.75**2 / variance + math.log(2 * math.pi * variance))
+    assert float(q.log_evidence) == pytest.approx(truth, abs=1e-12)
+    peak = -math.log(2 * math.pi) + 0.5 * math.log(1 + float(slope @ slope) / s**2)
+    assert float(q.log_prob(q.mean)) == pytest.approx(peak, abs=1e-12)

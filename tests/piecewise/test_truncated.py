@@ -143,3 +143,32 @@ def test_expanded_for_particles():
     assert q.log_prob(z).shape == (2, 5, 3)
     assert q.mean.shape == q.variance.shape == (5, 3, 1)
     assert q.log_prob(z[0, 0]).shape == (5, 3)
+
+
+@pytest.mark.parametrize("far", [99.9, 100.1, 1e3, 1e5])
+@pytest.mark.parametrize("width", [1e-4, 1e-2, math.inf])
+def test_moments_far_out(far, width):
+    """Against quadrature of y = far * t, of which the density is exp(-y - y^2 / (2 far^2)) on [0, far * width]."""
+
+    def moment(k):
+        end = min(far * width, 60.0)
+        return integrate.quad(lambda y: y**k * math.exp(-y - 0.5 * (y / far) ** 2), 0, end, epsabs=0, epsrel=1e-13)[0]
+
+    low = torch.tensor([far], dtype=torch.double)
+    for sign in (1, -1):
+        ends = (low, low + width) if sign > 0 else (-low - width, -low)
+        _, mean, variance = truncated(*ends)
+        first, second = moment(1) / moment(0), moment(2) / moment(0)
+        assert float(sign * mean) - far == pytest.approx(first / far, rel=1e-9, abs=4e-16 * far)
+        assert float(variance) == pytest.approx((second - first**2) / far**2, rel=1e-6)
+
+
+def test_a_narrow_interval_is_nearly_uniform():
+    low = torch.tensor([-5.0, -4e-8, 0.0, 3.0], dtype=torch.double)
+    high = low + 1e-7
+    log_p, mean, variance = truncated(low, high)
+    width, middle = high - low, 0.5 * (low + high)
+    torch.testing.assert_close(variance, width**2 / 12, rtol=1e-6, atol=0)
+    torch.testing.assert_close((mean - low) / width, torch.full_like(low, 0.5), rtol=1e-6, atol=0)
+    density = -0.5 * middle**2 - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(log_p, width.log() + density, rtol=0, atol=1e-13)
