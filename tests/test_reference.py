@@ -99,6 +99,26 @@ def test_narrow_modes_far_from_each_other_get_a_finer_grid(sd, resolved):
     assert float((weights * grid.u[..., 0].square()).sum()) == pytest.approx(7.1**2 + sd**2, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("dim", "sd", "resolved"),
+    [(1, 2e-3, True), (1, 2e-4, True), (1, 1e-5, False), (2, 2e-2, True), (2, 2e-3, False), (2, 2e-4, False)],
+)
+def test_a_mode_between_grid_points_is_not_lost(dim, sd, resolved):
+    """The first points lie 0.005 (0.067) apart, on one mode and beside the other: both are found, or it is told."""
+
+    def log_density(u):
+        modes = [dist.Normal(torch.full((dim,), at).double(), sd).log_prob(u).sum(-1) for at in (-1.0, 1.0025)]
+        return torch.logaddexp(*modes) - math.log(2)
+
+    place = {"rows": 2, "dim": dim, "drop": 40.0, "dtype": torch.double, "device": "cpu"}
+    if not resolved:
+        with pytest.raises(ValueError, match="cannot resolve"):
+            enclose(log_density, **place)
+        return
+    found = enclose(log_density, **place).log_integral()
+    torch.testing.assert_close(found, torch.zeros(2).double(), rtol=0, atol=1e-5)
+
+
 def test_quadrature_refuses_what_its_grid_cannot_resolve():
     """Correlation 0.9999: the axis-aligned grid would be 0.2 nats off without a word."""
     covariance = torch.tensor([[1.0, 0.9999], [0.9999, 1.0]], dtype=torch.double)

@@ -5,6 +5,9 @@
 The grid is widened until the log-density at its rim has fallen by `drop` nats, then shrunk to the region above that and
 refined. Errors of the rule are far below Monte Carlo noise for smooth integrands (the trapezoid rule converges
 exponentially when the integrand vanishes at both ends).
+
+A mode narrower than a cell may stand between grid points, hundreds of nats above them. So local maxima that would be
+left out are climbed first, and kept where their top, over a cell, could hold mass that matters.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ __all__ = ["POINTS", "Grid", "enclose"]
 POINTS = {1: 4001, 2: 301}  # a dimension
 _FINER = {1: 64_001, 2: 301}  # at most, where those do not resolve the mass: narrow modes far from each other
 _AGREE = 0.01  # nats
+_CLIMBED, _ZOOMS, _TICKS = 8, 24, 9  # local maxima of a datum that are climbed, steps of that, and points a dimension
+_MATTERS = math.log(1e-5)  # of the mass, in nats
 
 
 class Grid(NamedTuple):
@@ -59,6 +64,7 @@ def enclose(
     for _ in range(40):
         u, values = _on_grid(log_density, low, high, points, dtype, device)
         inside = values > values.amax(0) - drop
+        inside |= _unseen(log_density, u, values, inside, (high - low) / (points - 1), dtype, device)
         coords = torch.where(inside.unsqueeze(-1), u, torch.nan)
         least = coords.nan_to_num(nan=torch.inf).amin(0)
         most = coords.nan_to_num(nan=-torch.inf).amax(0)
@@ -75,12 +81,55 @@ def enclose(
     else:
         raise ValueError("the posterior's mass could not be enclosed by a grid: it may be improper; use reference.nuts")
     grid = Grid(u, values, (high - low) / (points - 1))
-    while not _change(grid) < _AGREE and points < _FINER[dim]:
+
+    def unseen() -> Tensor:
+        inside = grid.values > grid.values.amax(0) - drop
+        return _unseen(log_density, grid.u, grid.values, inside, grid.cell, dtype, device).any()
+
+    while (not _change(grid) < _AGREE or unseen()) and points < _FINER[dim]:
         points = 4 * (points - 1) + 1
         u, values = _on_grid(log_density, low, high, points, dtype, device)
         grid = Grid(u, values, (high - low) / (points - 1))
     _require_resolved(grid)
+    if unseen():
+        raise ValueError(
+            "the grid cannot resolve the posterior: it has modes far from each other, one of them narrower than the "
+            "distance of grid points; use reference.hmc or reference.nuts, from starting points in all of them"
+        )
     return grid
+
+
+def _unseen(
+    log_density: Callable[[Tensor], Tensor], u: Tensor, values: Tensor, inside: Tensor, cell: Tensor,
+    dtype: torch.dtype, device: Any,
+) -> Tensor:  # fmt: skip
+    """Bool `[G, B]`: points that are not inside, next to a mode whose top, over a cell, has mass that matters."""
+    dim = u.shape[-1]
+    points = round(len(u) ** (1 / dim))
+    field = values.T.reshape(-1, 1, *[points] * dim)
+    pool = torch.nn.functional.max_pool1d if dim == 1 else torch.nn.functional.max_pool2d
+    peaks = (field == pool(field, 3, 1, 1)).reshape(len(values.T), -1).T & ~inside & (values > -torch.inf)
+    found = torch.zeros_like(inside)
+    if not peaks.any():
+        return found
+    height, index = torch.where(peaks, values, -torch.inf).topk(min(_CLIMBED, len(u)), dim=0)  # [K, B]
+    at = u.gather(0, index.unsqueeze(-1).expand(-1, -1, dim))
+    reach = cell.expand_as(at).clone()
+    ticks = torch.linspace(-1, 1, _TICKS, dtype=torch.double)
+    moves = torch.cartesian_prod(*[ticks] * dim).reshape(-1, 1, 1, dim)
+    for _ in range(_ZOOMS):
+        near = at + moves * reach  # [P, K, B, D]
+        heights = log_density(near.flatten(0, 1).to(dtype).to(device)).double().cpu().view(near.shape[:3])
+        best, pick = heights.nan_to_num(nan=-torch.inf).max(0)
+        step = moves[:, 0, 0][pick]  # [K, B, D]
+        at = torch.where((best > height).unsqueeze(-1), at + step * reach, at)
+        height = torch.maximum(best, height)
+        rim = (step.abs() == 1).any(-1, keepdim=True)
+        reach = torch.where(rim, reach, reach * 2 / (_TICKS - 1))
+    mass = height + cell.log().sum(-1)
+    total = torch.logsumexp(values, 0) + cell.log().sum(-1)
+    matters = mass > total + _MATTERS
+    return found.scatter(0, index, matters & peaks.gather(0, index))
 
 
 def _change(grid: Grid) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from bench import problems
 from bench.piecewise_nets import circle, random_net
 from pyro.infer import SVI
+from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyrovae import guides, losses
@@ -100,3 +102,20 @@ def test_what_cannot_be_audited_is_refused():
         audit(vae, guides.Amortized(vae, MLP([4, 6])), torch.randn(2, 4))
     with pytest.raises(ValueError, match="at least 2"):
         audit(model, Exact(model), x, num_samples=1)
+
+
+def test_a_narrow_mode_far_from_the_guide_is_refused_not_overlooked():
+    """x = (z_1 - 0.05)^2 at noise 0.004: two modes of sd 0.002, which a grid around both cannot resolve."""
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            mean = torch.stack([(z[..., 0] - 0.05).square(), z[..., 1]], -1)
+            pyro.sample("x", dist.Normal(mean, 0.004).to_event(1), obs=x)
+
+    x = torch.tensor([[1.1025, 0.0]], dtype=torch.double)
+    encoder = nn.Linear(2, 4).double()
+    with torch.no_grad():
+        encoder.weight.zero_()
+        encoder.bias.copy_(torch.tensor([-1.0, 0.0, 2 * math.log(0.0019), 2 * math.log(0.004)]))
+    with pytest.raises(ValueError, match="cannot resolve"):
+        audit(model, guides.Amortized(model, encoder), x, num_samples=100)
