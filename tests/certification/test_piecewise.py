@@ -34,7 +34,7 @@ def test_by_hand_and_by_the_library(kinked):
     assert int((q.weights[2] > 0.01).sum()) == 6
     assert -14.5 < float(q.log_evidence[2]) < -13.5
     u = torch.linspace(-3.03, 3.04, 61, dtype=torch.double)[:, None, None].expand(-1, 3, 1)
-    by_cell = (1 / q.gaussians.covariance)[q.cells.locate(u)]
+    by_cell = q.gaussians.factor.square()[q.cells.locate(u)]
     assert torch.allclose(problem.curvature(u), by_cell, rtol=1e-12)
 
 
