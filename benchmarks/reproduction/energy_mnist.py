@@ -178,8 +178,8 @@ EXPERIMENT = Experiment(
         "noise and share of strange images are others.",
         "Changed after results had been seen: at ten times this step size of the energy two of the three priors of one "
         "layer had run away (annealing found no log Z), and a first run at this one, with a sixth of the training "
-        "steps, had left the scores of tilted models close to those of their bases. One seed: differences of a few percent "
-        "between arms may be of the seed.",
+        "steps, had left the scores of tilted models close to those of their bases. One seed: differences of a few "
+        "percent between arms may be of the seed.",
     ),
     measure=measure,
     draw=draw,
