@@ -70,8 +70,10 @@ class ChartAutoencoder(Decoded):
         return torch.log_softmax(self.weights.logits, 0)
 
     def set_weights(self, frequencies: Tensor) -> None:
-        """Set p, for training by a loss that leaves it alone (`losses.ChartLoss`): `Charts.frequencies(data)`,
-        of which that of a dead chart may be 0."""
+        """Set p, for training by a loss that leaves it alone (`losses.ChartLoss`): `Charts.frequencies(data)`.
+
+        Those of dead charts may be 0.
+        """
         if (
             frequencies.shape != (self.num_charts,) or not torch.isfinite(frequencies).all()
             or (frequencies < 0).any() or not frequencies.any()

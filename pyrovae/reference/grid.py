@@ -63,12 +63,12 @@ def enclose(
     high = -low
     for _ in range(40):
         u, values = _on_grid(log_density, low, high, points, dtype, device)
-        inside = values > values.amax(0) - drop
-        inside |= _unseen(log_density, u, values, inside, (high - low) / (points - 1), dtype, device)
+        cell = (high - low) / (points - 1)
+        grid = Grid(u, values, cell)
+        inside = (values > values.amax(0) - drop) | _unseen(log_density, grid, drop, dtype, device)
         coords = torch.where(inside.unsqueeze(-1), u, torch.nan)
         least = coords.nan_to_num(nan=torch.inf).amin(0)
         most = coords.nan_to_num(nan=-torch.inf).amax(0)
-        cell = (high - low) / (points - 1)
         touch_low, touch_high = least <= low + 0.5 * cell, most >= high - 0.5 * cell
         width = high - low
         # Twice the width: far mass is reached in a few doublings, the shrinking that follows costs little.
@@ -80,18 +80,16 @@ def enclose(
         low, high = torch.where(done, low, new_low), torch.where(done, high, new_high)
     else:
         raise ValueError("the posterior's mass could not be enclosed by a grid: it may be improper; use reference.nuts")
-    grid = Grid(u, values, (high - low) / (points - 1))
 
-    def unseen() -> Tensor:
-        inside = grid.values > grid.values.amax(0) - drop
-        return _unseen(log_density, grid.u, grid.values, inside, grid.cell, dtype, device).any()
+    def blind() -> bool:
+        return bool(_unseen(log_density, grid, drop, dtype, device).any())
 
-    while (not _change(grid) < _AGREE or unseen()) and points < _FINER[dim]:
+    while (not _change(grid) < _AGREE or blind()) and points < _FINER[dim]:
         points = 4 * (points - 1) + 1
         u, values = _on_grid(log_density, low, high, points, dtype, device)
         grid = Grid(u, values, (high - low) / (points - 1))
     _require_resolved(grid)
-    if unseen():
+    if blind():
         raise ValueError(
             "the grid cannot resolve the posterior: it has modes far from each other, one of them narrower than the "
             "distance of grid points; use reference.hmc or reference.nuts, from starting points in all of them"
@@ -100,10 +98,13 @@ def enclose(
 
 
 def _unseen(
-    log_density: Callable[[Tensor], Tensor], u: Tensor, values: Tensor, inside: Tensor, cell: Tensor,
-    dtype: torch.dtype, device: Any,
+    log_density: Callable[[Tensor], Tensor], grid: Grid, drop: float, dtype: torch.dtype, device: Any
 ) -> Tensor:  # fmt: skip
-    """Bool `[G, B]`: points that are not inside, next to a mode whose top, over a cell, has mass that matters."""
+    """Bool `[G, B]`: points more than `drop` below the highest, next to a mode whose top, over a cell, has mass that
+    matters.
+    """
+    u, values, cell = grid
+    inside = values > values.amax(0) - drop
     dim = u.shape[-1]
     points = round(len(u) ** (1 / dim))
     field = values.T.reshape(-1, 1, *[points] * dim)
@@ -128,7 +129,7 @@ def _unseen(
         reach = torch.where(rim, reach, reach * 2 / (_TICKS - 1))
     mass = height + cell.log().sum(-1)
     total = torch.logsumexp(values, 0) + cell.log().sum(-1)
-    matters = mass > total + _MATTERS
+    matters = mass > total + max(_MATTERS, -drop)
     return found.scatter(0, index, matters & peaks.gather(0, index))
 
 
