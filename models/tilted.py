@@ -101,7 +101,7 @@ class Tilted(Decoded):
         """The base's sites and the tilt, `[*lead, D]`."""
         z: Tensor = super().latents()  # of the model this is mixed into
         f = self.tilt(z)
-        handlers.prior_factor("tilt", f - self.log_z if self.normalised else f)
+        handlers.prior_factor("tilt", f - self.log_z if self._subtracts else f)
         return z
 
     def places(self) -> dict[str, slice]:
@@ -173,17 +173,23 @@ class Tilted(Decoded):
 
     @property
     def normalised(self) -> bool:
-        """Whether log Z was measured with the prior's weights as they are."""
-        if self.measured == 0:
-            return False
-        tensors = self._prior_tensors()
-        # Bytes, since a write through `.data` leaves no other trace.
-        key = int(self.measured), tuple(hash(t.detach().cpu().contiguous().numpy().tobytes()) for t in tensors)
-        known, answer = self.__dict__["_checked"]
-        if key != known:
-            answer = int(self.measured) == _mark(tensors)
-            self.__dict__["_checked"] = key, answer
+        """Whether log Z was measured with the prior's weights as they are, byte by byte."""
+        answer = bool(self.measured != 0) and int(self.measured) == _mark(self._prior_tensors())
+        self.__dict__["_checked"] = self._versions(), answer
         return answer
+
+    @property
+    def _subtracts(self) -> bool:
+        """`normalised` as it was last seen, unless a counter has moved since: for inner loops and their recordings.
+
+        What `.data` is written behind these counters is seen at the next look at `normalised`, so before any number is
+        called normalised.
+        """
+        known, answer = self.__dict__["_checked"]
+        return answer if known == self._versions() else self.normalised
+
+    def _versions(self) -> tuple[tuple[int, torch.dtype, int], ...]:
+        return tuple((id(t), t.dtype, t._version) for t in (*self._prior_tensors(), self.measured))
 
     def _prior_tensors(self) -> list[Tensor]:
         """All that log Z depends on."""

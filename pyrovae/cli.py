@@ -74,6 +74,9 @@ def fit(
     epochs: Annotated[int, typer.Option(min=1, help="of training (at most 10 with --quick)")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="data in a training step")] = 128,
     learning_rate: Annotated[float | None, typer.Option(help="of Adam; 0.001 or, of piecewise-affine, 0.005")] = None,
+    energy_rate: Annotated[float, typer.Option(
+        help="step size of a tilted prior's energy, as a share of the learning rate"
+    )] = 0.2,
     kl_warmup: Annotated[int | None, typer.Option(
         min=0, help="epochs of a KL weight from 0.1 to 1; 10 by default for ladders and text, else 0"
     )] = None,
@@ -98,8 +101,8 @@ def fit(
 
         run(Settings(
             model=model, guide=guide, loss=loss, data=data, out=out, latent_dim=latent_dim, epochs=epochs,
-            batch_size=batch_size, learning_rate=learning_rate, kl_warmup=kl_warmup, schedule=schedule,
-            binarization=binarization, patience=patience, num_samples=num_samples, num_data=num_data,
+            batch_size=batch_size, learning_rate=learning_rate, energy_rate=energy_rate, kl_warmup=kl_warmup,
+            schedule=schedule, binarization=binarization, patience=patience, num_samples=num_samples, num_data=num_data,
             classes=cast(Any, classes), manifold=cast(Any, manifold), seed=seed, threads=threads, device=device,
             quick=quick, resume=resume,
         ), say)  # fmt: skip

@@ -253,7 +253,21 @@ def test_a_log_z_that_annealing_does_not_find_is_left_out(folder, tmp_path, monk
     assert "annealing did not find log Z" in json.loads(content)["numbers"]["log Z"]["reason"]
     assert "log p(x) + log Z of at least" in page
     assert "IWAE-50 + log Z" in json.loads(content)["numbers"]
-    assert any("could not be measured" in words for words in outcome.told)
+    assert any("could not be measured" in words and "--energy-rate (0.2 here)" in words for words in outcome.told)
+
+
+def test_energies_take_steps_of_their_own(folder, tmp_path):
+    """Nearly none here: the tilt stays what it was, while the decoder moves."""
+    moved = {}
+    for rate in (0.2, 1e-9):
+        settings = asked(folder, "energy-prior", tmp_path / f"run{rate:g}", energy_rate=rate)
+        model = run(settings, say=quiet).model
+        moved[rate] = next(iter(model.energy.parameters())).detach().clone()
+    assert 1e-5 < float((moved[0.2] - moved[1e-9]).abs().max()) < 0.1
+    with pytest.raises(ValueError, match="vae has no energy: leave --energy-rate out"):
+        asked(folder, "vae", tmp_path / "other", energy_rate=0.1)
+    with pytest.raises(ValueError, match="energy_rate is -1"):
+        asked(folder, "energy-prior", tmp_path / "other", energy_rate=-1.0)
 
 
 def test_a_piecewise_affine_run_has_the_exact_evidence_and_divergences(folder, outcomes, tmp_path):

@@ -152,7 +152,7 @@ class _Job:
         groups = len(getattr(o.model, "sizes", (1,)))
         o.fits[name] = training.fit(
             o.model, o.guide, m.train, loss=build_loss(s.loss, o.model, o.guide),
-            optimizer=build_optimizer(s.rate),
+            optimizer=build_optimizer(s.rate, s.energy_rate),
             schedule=build_schedule(schedule, groups=groups, steps=epochs * per_epoch), epochs=epochs,
             batch_size=s.batch_size, transform=m.transform, validation=m.validation, patience=patience or None,
             kl_weight=LinearSchedule(kl_warmup * per_epoch, start=0.1) if kl_warmup else 1.0, seed=s.seed,

@@ -12,10 +12,10 @@ from pyrovae.compat import compatible
 from pyrovae.optim import Adam
 from pyrovae.schedules import AggressiveEncoder, DeepFirst, RecursiveSchedule, Schedule
 
-__all__ = ["LOSSES", "SCHEDULES", "build_loss", "build_optimizer", "build_schedule", "candidates"]
+__all__ = ["ENERGY_RATE", "LOSSES", "SCHEDULES", "build_loss", "build_optimizer", "build_schedule", "candidates"]
 
+ENERGY_RATE = 0.2  # step size of energies, as a share of the others' (Pang et al. 2020)
 _STEPS = 8  # of a diffusion's chain, for each datum in a training step: one alone is noisy
-_ENERGY_RATE = 0.2  # of energies, as a share of the others' step size (Pang et al. 2020)
 
 # Under one name, estimators of one objective: a guide gets the first that it goes with.
 LOSSES: dict[str, tuple[Callable[[], Any], ...]] = {
@@ -63,11 +63,11 @@ def build_loss(name: str, model: Any, guide: Any) -> Any:
     return next((loss for loss in found if compatible(model, guide, loss) is None), found[0])
 
 
-def build_optimizer(learning_rate: float) -> Adam:
+def build_optimizer(learning_rate: float, energy_rate: float = ENERGY_RATE) -> Adam:
     """Adam; energies take smaller steps, so that the prior's chain keeps up with them."""
 
     def slower(name: str) -> dict[str, float]:
-        return {"lr": learning_rate * _ENERGY_RATE} if "energy" in name.split(".") else {}
+        return {"lr": learning_rate * energy_rate} if "energy" in name.split(".") else {}
 
     return Adam(lr=learning_rate, per_parameter=slower)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pyrovae.data import BINARIZATIONS
 from pyrovae.fitting.guides import GUIDES, NO_GUIDE
 from pyrovae.fitting.material import TEXTS
-from pyrovae.fitting.objectives import LOSSES, SCHEDULES
+from pyrovae.fitting.objectives import ENERGY_RATE, LOSSES, SCHEDULES
 from pyrovae.fitting.recipes import (
     CHARTS,
     DIFFUSION,
@@ -18,6 +18,7 @@ from pyrovae.fitting.recipes import (
     MODELS,
     PIECEWISE,
     TEXT_MODELS,
+    TILTED,
     Variant,
 )
 
@@ -46,6 +47,8 @@ class Settings:
             data.
         epochs: of training in all, at most 10 with `quick`.
         learning_rate: of Adam; by default 1e-3, of the few weights of a piecewise-affine net 5e-3.
+        energy_rate: step size of a tilted prior's energy, as a share of `learning_rate`: the published share, 0.2. Too
+            large a one runs away with many data.
         kl_warmup: epochs of a linear KL weight from 0.1 to 1, fewer than `epochs`; 0 for none. By default 10, at most
             half of all, for ladders and text, which else may never use their latents, and 0 for all others.
         schedule: one of `recipes.SCHEDULES`.
@@ -73,6 +76,7 @@ class Settings:
     epochs: int = 50
     batch_size: int = 128
     learning_rate: float | None = None
+    energy_rate: float = ENERGY_RATE
     kl_warmup: int | None = None
     schedule: str = "none"
     binarization: str = ""
@@ -105,6 +109,12 @@ class Settings:
             object.__setattr__(self, "learning_rate", _FEW_WEIGHTS_RATE if self.model == PIECEWISE else _RATE)
         if not self.rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: pass a positive one")
+        if self.model not in TILTED and self.energy_rate != ENERGY_RATE:
+            raise ValueError(
+                f"{self.model} has no energy: leave --energy-rate out, or choose --model {' or '.join(TILTED)}"
+            )
+        if not self.energy_rate > 0:
+            raise ValueError(f"energy_rate is {self.energy_rate}: pass a positive one")
         if self.patience < 0 or (self.kl_warmup or 0) < 0 or self.seed < 0:
             raise ValueError("patience, kl_warmup and seed must not be negative")
         if self.quick:

@@ -21,7 +21,8 @@ def measure(outcome: Outcome) -> None:
         outcome.log_z = f"unknown: {error}"
         outcome.told.append(
             "log Z of the prior could not be measured, so numbers of log p(x) are off by one unknown number, the same "
-            "for all data: the energy may have run away; try fewer --epochs, or a smaller --learning-rate."
+            "for all data: the energy may have run away; try a tenth of the --energy-rate "
+            f"({outcome.settings.energy_rate:g} here), or fewer --epochs."
         )
         return
     outcome.log_z = Number(found.log_z.mean, float(found.log_z.se[0]))
