@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = [
     "BatchError", "CheckpointError", "DataError", "IncompatibleError", "LatentError", "NoDensityError",
-    "ParameterCollision", "PlateError", "ReferenceRefused", "ScaleError", "TrainingDiverged",
+    "NormaliserError", "ParameterCollision", "PlateError", "QuadratureError", "ReferenceRefused", "ScaleError",
+    "TrainingDiverged",
 ]  # fmt: skip
 
 
@@ -46,6 +47,10 @@ class CheckpointError(RuntimeError):
 
 class TrainingDiverged(FloatingPointError):
     """A non-finite loss or gradient; parameters are those before the step."""
+
+
+class QuadratureError(ValueError):
+    """A density of one or two dimensions that no grid encloses and resolves."""
 
 
 class NormaliserError(ValueError):

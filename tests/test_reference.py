@@ -15,7 +15,7 @@ from guides_registry import GUIDES
 from torch import nn
 
 from pyrovae import reference
-from pyrovae.errors import ReferenceRefused, ScaleError
+from pyrovae.errors import QuadratureError, ReferenceRefused, ScaleError
 from pyrovae.reference.grid import enclose
 from pyrovae.reference.posterior import status_of
 from pyrovae.samplers import hmc, init, langevin
@@ -112,7 +112,7 @@ def test_a_mode_between_grid_points_is_not_lost(dim, sd, resolved):
 
     place = {"rows": 2, "dim": dim, "drop": 40.0, "dtype": torch.double, "device": "cpu"}
     if not resolved:
-        with pytest.raises(ValueError, match="cannot resolve"):
+        with pytest.raises(QuadratureError, match="cannot resolve"):
             enclose(log_density, **place)
         return
     found = enclose(log_density, **place).log_integral()

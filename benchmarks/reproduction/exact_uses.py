@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import diagnose, fit, generate, guides
+from pyrovae.errors import QuadratureError
 from pyrovae.flows import Spline
 from pyrovae.models import PiecewiseAffineVAE
 from pyrovae.nets import MLP
@@ -111,7 +112,7 @@ def _audit(guide: Any, split: Split, preset: Preset) -> dict[str, Any]:
     for index, datum in enumerate(x.split(1)):
         try:
             audits[index] = diagnose.audit(model, guide, datum, num_samples=DRAWS, indices=[index])
-        except ValueError:  # no grid resolves modes a thousandth wide, units apart: counted below
+        except QuadratureError:  # no grid resolves modes a thousandth wide, units apart: counted below
             continue
     if not audits:
         raise ValueError("no datum's divergence could be integrated on a grid: train a smoother decoder")

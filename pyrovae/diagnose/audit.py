@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.chunks import per_chunk
+from pyrovae.errors import QuadratureError
 from pyrovae.evidence import Estimate, log_weights, summarize
 from pyrovae.evidence.estimate import EXACT, kind_of
 from pyrovae.losses.base import require_pair
@@ -106,8 +107,8 @@ def audit(
 
     Raises:
         NoDensityError: the guide has no density of the latents alone.
-        ValueError: more than two latents per datum; a density that does not integrate to one, or that a grid cannot
-            resolve.
+        ValueError: more than two latents per datum.
+        QuadratureError: a density that does not integrate to one, or that a grid cannot resolve.
         IncompatibleError: the guide was built for another model.
     """
     require_pair(model, guide, None)
@@ -163,7 +164,7 @@ def _measure(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, An
     for name, grid in (("guide", around_q), ("posterior", around_p)):
         total = grid.log_integral()
         if not (total.abs() < _UNIT).all():
-            raise ValueError(
+            raise QuadratureError(
                 f"the {name}'s density integrates to {float(total.exp()[total.abs().argmax()]):.4g} for a datum: "
                 "not to one, so it is wrong, or too heavy in its tails for a grid"
             )

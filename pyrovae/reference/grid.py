@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrovae.errors import QuadratureError
+
 __all__ = ["POINTS", "Grid", "enclose"]
 
 POINTS = {1: 4001, 2: 301}  # a dimension
@@ -56,7 +58,7 @@ def enclose(
         drop: nats below the mode beyond which mass is neglected (exp(-drop) of the peak).
 
     Raises:
-        ValueError: the mass could not be enclosed, or is narrower than the grid.
+        QuadratureError: the mass could not be enclosed, or is narrower than the grid.
     """
     points = POINTS[dim]
     low = torch.full((rows, dim), -10.0, dtype=torch.double)
@@ -79,7 +81,9 @@ def enclose(
             break
         low, high = torch.where(done, low, new_low), torch.where(done, high, new_high)
     else:
-        raise ValueError("the posterior's mass could not be enclosed by a grid: it may be improper; use reference.nuts")
+        raise QuadratureError(
+            "the posterior's mass could not be enclosed by a grid: it may be improper; use reference.nuts"
+        )
 
     def blind() -> bool:
         return bool(_unseen(log_density, grid, drop, dtype, device).any())
@@ -90,7 +94,7 @@ def enclose(
         grid = Grid(u, values, (high - low) / (points - 1))
     _require_resolved(grid)
     if blind():
-        raise ValueError(
+        raise QuadratureError(
             "the grid cannot resolve the posterior: it has modes far from each other, one of them narrower than the "
             "distance of grid points; use reference.hmc or reference.nuts, from starting points in all of them"
         )
@@ -147,7 +151,7 @@ def _require_resolved(grid: Grid) -> None:
     """
     change = _change(grid)
     if not change < _AGREE:
-        raise ValueError(
+        raise QuadratureError(
             f"the grid cannot resolve the posterior (half of its points change log p(x) by {change:.2g} nats), "
             "as with two nearly collinear latents: use reference.nuts"
         )

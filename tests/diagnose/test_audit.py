@@ -16,7 +16,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyrovae import guides, losses
 from pyrovae.diagnose.audit import audit
-from pyrovae.errors import IncompatibleError, NoDensityError
+from pyrovae.errors import IncompatibleError, NoDensityError, QuadratureError
 from pyrovae.guides.exact import Exact
 from pyrovae.models import PPCA, VAE
 from pyrovae.nets import MLP
@@ -117,5 +117,5 @@ def test_a_narrow_mode_far_from_the_guide_is_refused_not_overlooked():
     with torch.no_grad():
         encoder.weight.zero_()
         encoder.bias.copy_(torch.tensor([-1.0, 0.0, 2 * math.log(0.0019), 2 * math.log(0.004)]))
-    with pytest.raises(ValueError, match="cannot resolve"):
+    with pytest.raises(QuadratureError, match="cannot resolve"):
         audit(model, guides.Amortized(model, encoder), x, num_samples=100)
